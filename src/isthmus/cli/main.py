@@ -1,0 +1,85 @@
+"""The command ``isthmus``.
+
+Commands are registered by the names of their functions and imported only when one is called, so
+that ``isthmus --help`` answers at once.
+
+Exit codes: 0 done, 2 an error that the user can mend (one line on standard error), 130 interrupted.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from cyclopts import App, CycloptsError, UnknownCommandError
+
+from isthmus import __version__
+from isthmus.cli.output import print_error
+from isthmus.errors import IsthmusError, UnknownNameError
+
+app = App(
+    name="isthmus",
+    help="Encoder-decoder systems on one grammar: the same output, sooner.",
+    version=__version__,
+    help_format="plaintext",
+)
+app.command(
+    "isthmus.cli.generate:generate",
+    name="generate",
+    help="Write text with a model, faster than plain decoding and with the same output.",
+)
+app.command(
+    "isthmus.cli.systems:systems", name="systems", help="List the systems and what became of each."
+)
+app.command(
+    "isthmus.cli.systems:show", name="show", help="Show one system: paper, settings, last claim."
+)
+app.command(
+    "isthmus.cli.claim:claim", name="claim", help="Measure again what the papers of systems claim."
+)
+bench = App(name="bench", help="Compare methods side by side, interleaved in one run.")
+bench.command(
+    "isthmus.cli.bench:decode",
+    name="decode",
+    help="Decoding: isthmus against transformers' own generation, same model and prompts.",
+)
+app.command(bench)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: Words after ``isthmus``; those of the process if None.
+
+    Returns:
+        The exit code.
+    """
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    app.suppress_keyboard_interrupt = False
+    try:
+        result = app(words, exit_on_error=False, print_error=False, result_action="return_value")
+        # A closed pipe must show itself here, not in the interpreter's last flush.
+        sys.stdout.flush()
+    except UnknownCommandError as error:
+        # Its own message would import every command to look for a near name.
+        within = bench if error.command_chain else app
+        known = [name for name in within if not name.startswith("-")]
+        print_error(UnknownNameError("command", (error.unused_tokens or [""])[0], known))
+        return 2
+    except CycloptsError as error:
+        print_error(f"{error} (see: isthmus --help)")
+        return 2
+    except IsthmusError as error:
+        print_error(error)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever read the output has seen enough; the rest goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return result if isinstance(result, int) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Text decoding: one loop, propose -> score -> accept -> commit -> observe."""

@@ -1,0 +1,250 @@
+"""Acceptance rules: which draft tokens stand, and which token the target adds at the end.
+
+All rules here keep the law of plain decoding exactly (``lossless``). The proof of the sampled one,
+:class:`Rejection`, in one line: with x ~ q, ``min(p, q) + (1 - sum min(p, q)) r = p`` for
+``r = norm((p - q)+)``; for several candidates the same step is applied backwards from the last one.
+
+Numerics: ratio tests are products, never divisions, and strict (``u q(x) < p(x)`` with u in
+[0, 1), so an impossible token never passes at u = 0); residuals are normalised in float64; a
+residual that sums to nothing means p and q agree, and then the draw is from p.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from isthmus.decoding.tree import TokenTree
+from isthmus.errors import InvalidInputError
+from isthmus.roles import Context, Verdict
+
+NOTHING = 1e-14
+"""A residual with less mass than this is rounding, not probability."""
+
+
+def _check_finite(logits: torch.Tensor) -> None:
+    # one pass: NaN and +inf survive a sum, -inf (a banned token) must not alarm
+    top = logits.amax(-1)
+    if not bool(torch.isfinite(top).all()):
+        raise InvalidInputError(
+            "the target's logits are not finite (NaN or infinity); the checkpoint is damaged or "
+            "the dtype too narrow, try --dtype float32"
+        )
+
+
+def match_path(tree: TokenTree, choice: torch.Tensor) -> Verdict:
+    """Follow the child that carries the target's choice at each node, as deep as it goes.
+
+    Args:
+        tree: Token trees.
+        choice: The target's token at each node, int64 [B, N].
+
+    Returns:
+        The accepted path and the choice at its end.
+    """
+    topology = tree.topology
+    parent = topology.parent.clamp(min=0).expand_as(tree.tokens)
+    agree = tree.tokens == choice.gather(1, parent)
+    agree[:, 0] = True
+    if tree.valid is not None:
+        agree &= tree.valid
+    if topology.is_chain:
+        count = agree.long().cumprod(1).sum(1)
+        steps = torch.arange(int(count.max()), device=choice.device)
+        path = torch.where(steps < count[:, None], steps, -1)
+        return Verdict(path, choice.gather(1, count[:, None] - 1)[:, 0])
+    stands = ~(topology.ancestors & ~agree[:, None, :]).any(-1)
+    depth = topology.depth.expand_as(stands)
+    # siblings carry unlike tokens, so at most one node a level stands
+    last = torch.where(stands, depth, -1).argmax(1)
+    levels = int(depth.gather(1, last[:, None]).max()) + 1
+    path = torch.full((tree.batch, levels + 1), -1, device=choice.device)
+    slot = torch.where(stands, depth, levels)
+    path.scatter_(1, slot, torch.arange(tree.nodes, device=choice.device).expand_as(slot))
+    return Verdict(path[:, :levels], choice.gather(1, last[:, None])[:, 0])
+
+
+class Greedy:
+    """The child that equals the target's argmax stands, else the argmax is emitted.
+
+    Example:
+        >>> tree = TokenTree.from_paths(9, [[1, 2], [3]])
+        >>> logits = torch.zeros(1, 4, 10)
+        >>> logits[0, 0, 1] = logits[0, 1, 5] = 1.0
+        >>> match_path(tree, logits.argmax(-1))
+        Verdict(path=tensor([[0, 1]]), token=tensor([5]))
+    """
+
+    lossless = True
+
+    def accept(self, tree: TokenTree, logits: torch.Tensor, context: Context) -> Verdict:
+        """See :class:`isthmus.roles.Acceptance`."""
+        processed = context.law.logits(logits, tree, context)
+        top = processed.max(-1)
+        if not bool(torch.isfinite(top.values).all()):
+            _check_finite(processed)
+        return match_path(tree, top.indices)
+
+
+class Match:
+    """Draw the target's token at every node; a child that carries it stands.
+
+    Lossless for any tree that was chosen before the draw, and the best possible acceptance for a
+    fixed set of children: p(children).
+    """
+
+    lossless = True
+
+    def accept(self, tree: TokenTree, logits: torch.Tensor, context: Context) -> Verdict:
+        """See :class:`isthmus.roles.Acceptance`."""
+        _check_finite(logits)
+        probs = context.law.probs(logits, tree, context)
+        flat = probs.reshape(-1, probs.shape[-1])
+        draw = torch.multinomial(flat, 1, generator=context.generator).view(tree.tokens.shape)
+        return match_path(tree, draw)
+
+
+class Rejection:
+    """Recursive rejection among drawn siblings, with or without replacement.
+
+    Chain rejection (Leviathan et al. 2022, 2211.17192, alg. 1) when every node has one child;
+    several candidates with replacement as in SpecInfer (2305.09781), without as in RSD
+    (2402.14160). ``tree.q`` must be the law that the first child was really drawn from.
+
+    Args:
+        renormalise: Off, q is not renormalised after a rejection of a draw without replacement:
+            the classic mistake, kept for the test that must catch it.
+    """
+
+    lossless = True
+
+    def __init__(self, *, renormalise: bool = True) -> None:
+        self.renormalise = renormalise
+
+    def accept(self, tree: TokenTree, logits: torch.Tensor, context: Context) -> Verdict:
+        """See :class:`isthmus.roles.Acceptance`."""
+        _check_finite(logits)
+        law = context.law.probs(logits, tree, context).double()
+        return self.verify(tree, law, context.generator)
+
+    def verify(self, tree: TokenTree, law: torch.Tensor, generator: torch.Generator) -> Verdict:
+        """Run the rule on probabilities [B, N, V] in float64."""
+        b, _, v = law.shape
+        if tree.nodes == 1 or tree.q is None:
+            token = torch.multinomial(law[:, 0], 1, generator=generator)[:, 0]
+            return Verdict(torch.zeros(b, 1, dtype=torch.int64, device=law.device), token)
+        if tree.draw == "point":
+            raise InvalidInputError("a chosen tree (draw='point') needs Match, not Rejection")
+        q_all, alive = tree.q.double(), tree.alive
+        children = tree.topology.children.expand(b, -1, -1)
+        k_max = children.shape[2]
+        node = torch.zeros(b, dtype=torch.int64, device=law.device)
+        done = torch.zeros(b, dtype=torch.bool, device=law.device)
+        p = law[:, 0].clone()
+        path = [node]
+        for _ in range(tree.topology.max_depth):
+            kids = _at(children, node)  # [B, K]
+            q = _at(q_all, node).clone()  # [B, V]
+            chosen = torch.full_like(node, -1)
+            u = torch.rand(b, k_max, generator=generator, dtype=torch.float64, device=law.device)
+            for k in range(k_max):
+                kid = kids[:, k].clamp(min=0)
+                open_ = (
+                    ~done & (chosen < 0) & (kids[:, k] >= 0) & alive.gather(1, kid[:, None])[:, 0]
+                )
+                if not bool(open_.any()):
+                    continue
+                x = tree.tokens.gather(1, kid[:, None])  # [B, 1]
+                qx, px = q.gather(1, x)[:, 0], p.gather(1, x)[:, 0]
+                open_ &= qx > 0  # support exhausted: the draw carries no information
+                ok = open_ & (u[:, k] * qx < px)
+                chosen = torch.where(ok, kid, chosen)
+                lost = open_ & ~ok
+                if bool(lost.any()):
+                    rest = (p - q).clamp(min=0)
+                    mass = rest.sum(-1, keepdim=True)
+                    agree = mass < NOTHING  # p and q are the same law
+                    rest = torch.where(agree, p, rest / mass.clamp(min=NOTHING))
+                    p = torch.where(lost[:, None], rest, p)
+                    if tree.draw == "without":
+                        left = q.scatter(1, x, 0.0)
+                        if self.renormalise:
+                            left = left / left.sum(-1, keepdim=True).clamp(min=NOTHING)
+                        q = torch.where(lost[:, None], left, q)
+            done |= chosen < 0
+            path.append(torch.where(done, -1, chosen))
+            node = torch.where(done, node, chosen)
+            p = torch.where(done[:, None], p, _at(law, node))
+            if bool(done.all()):
+                break
+        steps = torch.stack(path, 1)
+        width = int((steps >= 0).sum(1).max())
+        return Verdict(steps[:, :width], torch.multinomial(p, 1, generator=generator)[:, 0])
+
+
+def _at(table: torch.Tensor, node: torch.Tensor) -> torch.Tensor:
+    """Rows ``table[b, node[b]]`` of a [B, N, X] table."""
+    return table[torch.arange(len(node), device=node.device), node]
+
+
+class Coupled:
+    """Drafter-invariant sampling: the text depends on the seed, not on who drafted.
+
+    Target and drafter both take ``argmax(log law + G)`` with Gumbel noise G keyed on seed, row and
+    position (Daliri et al. 2024, 2408.07978). The output equals plain sampling with that noise
+    token for token, whatever the drafter: reproducible serving, and an exact test.
+
+    Args:
+        seed: Key of the noise.
+    """
+
+    lossless = True
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self._noise: dict[tuple[int, int], torch.Tensor] = {}
+
+    def noise(self, request: int, position: int, vocab: int) -> torch.Tensor:
+        """Gumbel noise float32 [V] of the token at a position of a request."""
+        key = (request, position)
+        if key not in self._noise:
+            # a counter-based key: any position can be drawn in any order
+            mixed = (self.seed * 1_000_003 + request) * 1_000_003 + position
+            generator = torch.Generator().manual_seed(mixed & 0x7FFF_FFFF_FFFF)
+            u = torch.rand(vocab, generator=generator, dtype=torch.float64)
+            gumbel = -torch.log(-torch.log(u.clamp(min=1e-300)))
+            if len(self._noise) > 4096:
+                self._noise.clear()
+            self._noise[key] = gumbel.float()
+        return self._noise[key]
+
+    def accept(self, tree: TokenTree, logits: torch.Tensor, context: Context) -> Verdict:
+        """See :class:`isthmus.roles.Acceptance`."""
+        _check_finite(logits)
+        scores = torch.log_softmax(context.law.logits(logits, tree, context), -1)
+        depth = tree.topology.depth.expand_as(tree.tokens).tolist()
+        v = scores.shape[-1]
+        noise = torch.stack(
+            [
+                torch.stack(
+                    [self.noise(context.requests[b], context.lengths[b] + d, v) for d in depth[b]]
+                )
+                for b in range(tree.batch)
+            ]
+        )
+        return match_path(tree, (scores + noise.to(scores.device)).argmax(-1))
+
+
+class Lossless:
+    """The exact rule for what is at hand: Greedy, Match or Rejection."""
+
+    lossless = True
+
+    def __init__(self) -> None:
+        self._greedy, self._match, self._rejection = Greedy(), Match(), Rejection()
+
+    def accept(self, tree: TokenTree, logits: torch.Tensor, context: Context) -> Verdict:
+        """See :class:`isthmus.roles.Acceptance`."""
+        if context.law.greedy:
+            return self._greedy.accept(tree, logits, context)
+        rule = self._match if tree.draw == "point" else self._rejection
+        return rule.accept(tree, logits, context)

@@ -1,0 +1,260 @@
+"""The key/value cache of the engine: append-only slots instead of positions.
+
+Keys that were rotated, or that come from position embeddings, do not care in which slot they sit;
+only the mask must know. So a forward appends the N nodes of a tree as N slots, committing a path
+gathers its slots to the front of that tail, and rolling back is a smaller number. No ``crop``: its
+meaning changed between releases of transformers 5.
+
+All layers of one key shape share one buffer, so a commit moves every layer with one gather.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Heads and widths of one layer's keys and values."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
+
+
+class Arena:
+    """Keys and values of all layers that share a shape: [L, B, H, capacity, D].
+
+    Args:
+        shape: Heads and widths.
+        layers: Layers L that live here.
+        batch: Rows B.
+        dtype: Element type.
+        device: Where the buffers live.
+        capacity: Slots to begin with; grows by half when full.
+    """
+
+    def __init__(
+        self,
+        shape: LayerShape,
+        layers: int,
+        batch: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        capacity: int,
+    ) -> None:
+        head = (layers, batch, shape.heads, capacity)
+        self.keys = torch.empty(*head, shape.key_dim, dtype=dtype, device=device)
+        self.values = torch.empty(*head, shape.value_dim, dtype=dtype, device=device)
+
+    @property
+    def capacity(self) -> int:
+        """Slots there is room for."""
+        return self.keys.shape[3]
+
+    def reserve(self, slots: int, used: int) -> None:
+        """Make room for ``slots`` slots; the first ``used`` are copied."""
+        if slots <= self.capacity:
+            return
+        capacity = max(slots, self.capacity + self.capacity // 2)
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_empty(*old.shape[:3], capacity, old.shape[-1])
+            new[:, :, :, :used] = old[:, :, :, :used]
+            setattr(self, name, new)
+
+    def move(self, source: torch.Tensor, start: int) -> None:
+        """Copy the slots ``source`` [M] (all rows alike) to ``start .. start + M``."""
+        end = start + len(source)
+        self.keys[:, :, :, start:end] = self.keys.index_select(3, source)
+        self.values[:, :, :, start:end] = self.values.index_select(3, source)
+
+    def move_rows(self, source: torch.Tensor, start: int) -> None:
+        """Copy the slots ``source`` [B, M] of each row to ``start .. start + M``."""
+        end = start + source.shape[1]
+        for buffer in (self.keys, self.values):
+            index = source[None, :, None, :, None].expand(
+                buffer.shape[0], -1, buffer.shape[2], -1, buffer.shape[-1]
+            )
+            buffer[:, :, :, start:end] = buffer.gather(3, index)
+
+    def select(self, rows: torch.Tensor) -> Arena:
+        """A copy that holds the given rows [R]."""
+        twin = object.__new__(Arena)
+        twin.keys = self.keys.index_select(1, rows)
+        twin.values = self.values.index_select(1, rows)
+        return twin
+
+
+class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers ships no types for it
+    """One layer's window onto an :class:`Arena`, as transformers' cache interface wants it."""
+
+    is_sliding = False
+    is_compileable = False
+
+    def __init__(self, cache: SlotCache, arena: int, index: int) -> None:
+        super().__init__()
+        self.cache = cache
+        self.arena = arena
+        self.index = index
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to do: the arena exists before the first forward."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write N new slots in place and return views of all slots [B, H, used + N, D]."""
+        start = self.cache.used
+        end = start + key_states.shape[2]
+        arena = self.cache.arenas[self.arena]
+        keys, values = arena.keys[self.index], arena.values[self.index]
+        keys[:, :, start:end] = key_states
+        values[:, :, start:end] = value_states
+        self.keys, self.values = keys[:, :, :end], values[:, :, :end]
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        """Key length and offset; releases before 5.10 pass positions, later ones a length."""
+        n = query_length if isinstance(query_length, int) else int(query_length.shape[0])
+        return self.cache.used + n, 0
+
+    def get_seq_length(self) -> int:
+        """Slots in use before this forward."""
+        return self.cache.used
+
+    def get_max_length(self) -> int:
+        """No fixed maximum."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+
+class SlotCache:
+    """Slots of B rows with two side tensors: the position of each slot and whether it is live.
+
+    Attributes:
+        used: Slots in use, the same number in every row.
+        pos: Position of each slot, int64 [B, capacity].
+        live: Whether a slot holds a committed token, bool [B, capacity].
+        lengths: Committed tokens of each row.
+        dense: Every slot of every row is live and in position order, so no mask is needed for
+            the past.
+        hub: The same cache as an object of transformers, for ``past_key_values``.
+    """
+
+    def __init__(
+        self,
+        layout: Sequence[LayerShape | None],
+        batch: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        capacity: int = 256,
+    ) -> None:
+        self.layout = tuple(layout)
+        kinds = list(dict.fromkeys(s for s in self.layout if s is not None))
+        counts = dict.fromkeys(kinds, 0)
+        self._place: list[tuple[int, int]] = []
+        for shape in self.layout:
+            if shape is None:  # a layer that reads another layer's keys and stores none
+                self._place.append((0, 0))
+                continue
+            self._place.append((kinds.index(shape), counts[shape]))
+            counts[shape] += 1
+        self.arenas = [Arena(k, counts[k], batch, dtype, device, capacity) for k in kinds]
+        self.used = 0
+        self.lengths = [0] * batch
+        self.dense = True
+        self.pos = torch.zeros(batch, capacity, dtype=torch.int64, device=device)
+        self.live = torch.zeros(batch, capacity, dtype=torch.bool, device=device)
+        self.hub = Cache(layers=[SlotLayer(self, a, i) for a, i in self._place])
+
+    @property
+    def batch(self) -> int:
+        """Rows B."""
+        return len(self.lengths)
+
+    def reserve(self, nodes: int) -> None:
+        """Make room for ``nodes`` more slots."""
+        need = self.used + nodes
+        for arena in self.arenas:
+            arena.reserve(need, self.used)
+        short = need - self.pos.shape[1]
+        if short > 0:
+            grow = max(short, self.pos.shape[1] // 2)
+            self.pos = torch.nn.functional.pad(self.pos, (0, grow))
+            self.live = torch.nn.functional.pad(self.live, (0, grow))
+
+    def keep(self, path: torch.Tensor) -> None:
+        """Commit the nodes ``path`` [B, M] (padded with -1) of the tail that was just written.
+
+        The tail begins at slot ``used``; kept nodes move to its front and the rest is forgotten.
+        """
+        counts = (path >= 0).sum(1).tolist()
+        width = max(counts)
+        start = self.used
+        if width:
+            index = path[:, :width]
+            if self.batch == 1:
+                nodes = index[0].tolist()
+                if nodes != list(range(width)):  # a prefix is in place already
+                    source = index[0] + start
+                    for arena in self.arenas:
+                        arena.move(source, start)
+            else:
+                source = index.clamp(min=0) + start
+                for arena in self.arenas:
+                    arena.move_rows(source, start)
+        lengths = torch.tensor(self.lengths, device=self.pos.device)
+        steps = torch.arange(width, device=self.pos.device)
+        self.pos[:, start : start + width] = lengths[:, None] + steps
+        self.live[:, start : start + width] = path[:, :width] >= 0
+        self.lengths = [n + c for n, c in zip(self.lengths, counts, strict=True)]
+        self.used = start + width
+        self.dense = self.dense and min(counts) == width
+        if not self.dense and self.used > 2 * 32 + max(self.lengths) * 4 // 3:
+            self.compact()
+
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Forget every slot at or beyond the given position of its row."""
+        limit = torch.tensor(list(lengths), device=self.pos.device)
+        self.lengths = [min(a, b) for a, b in zip(self.lengths, lengths, strict=True)]
+        if self.dense:
+            self.used = max(self.lengths)
+            self.dense = min(self.lengths) == self.used
+            if self.dense:
+                return
+        used = slice(0, self.used)
+        self.live[:, used] &= self.pos[:, used] < limit[:, None]
+
+    def compact(self) -> None:
+        """Move the live slots of each row to the front, in position order."""
+        used = slice(0, self.used)
+        key = torch.where(self.live[:, used], self.pos[:, used], self.used + 1)
+        width = max(self.lengths)
+        order = torch.sort(key, dim=1, stable=True).indices[:, :width]
+        for arena in self.arenas:
+            arena.move_rows(order, 0)
+        self.pos[:, :width] = self.pos.gather(1, order)
+        self.live[:, :width] = self.live.gather(1, order)
+        self.used = width
+        self.dense = min(self.lengths) == width
+
+    def select(self, rows: Sequence[int]) -> SlotCache:
+        """A copy that holds the given rows."""
+        index = torch.tensor(list(rows), device=self.pos.device)
+        twin = object.__new__(SlotCache)
+        twin.layout, twin._place = self.layout, self._place
+        twin.arenas = [arena.select(index) for arena in self.arenas]
+        twin.used, twin.dense = self.used, self.dense
+        twin.lengths = [self.lengths[r] for r in rows]
+        twin.pos, twin.live = self.pos.index_select(0, index), self.live.index_select(0, index)
+        twin.hub = Cache(layers=[SlotLayer(twin, a, i) for a, i in twin._place])
+        twin.compact()
+        return twin

@@ -1,0 +1,296 @@
+"""Drafters that are parts: prompt lookup and a draft model.
+
+Systems under :mod:`isthmus.systems` are built on these. A drafter only proposes; whatever it
+proposes, the output keeps the target's law.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from isthmus.decoding.law import chain_logits
+from isthmus.decoding.tree import Draw, TokenTree, Topology, chain_topology, stack
+from isthmus.errors import InvalidInputError, MismatchError, UnsupportedModelError
+from isthmus.roles import Context, Session, Shape, Step, Target
+
+
+class PromptLookup:
+    """Copy what followed the last few tokens where they stood before: an n-gram lookup.
+
+    The longest suffix (``max_ngram`` tokens down to ``min_ngram``) that occurs earlier is looked
+    up, latest occurrence first, and its continuation is the draft chain. For encoder-decoder
+    targets the source text is searched too. The baseline of every other drafter here; the idea
+    is Saxena's "prompt lookup decoding" (2023), part of transformers.
+
+    Args:
+        max_ngram: Longest suffix to look for.
+        min_ngram: Shortest suffix that still counts as a match.
+
+    Example:
+        >>> PromptLookup().continuation(np.array([5, 6, 7, 8, 5, 6]), 3).tolist()
+        [7, 8, 5]
+    """
+
+    name = "prompt-lookup"
+
+    def __init__(self, max_ngram: int = 3, min_ngram: int = 1) -> None:
+        if not 1 <= min_ngram <= max_ngram:
+            raise InvalidInputError(
+                f"prompt lookup needs 1 <= min_ngram <= max_ngram, got {min_ngram}, {max_ngram}"
+            )
+        self.max_ngram, self.min_ngram = max_ngram, min_ngram
+        self._sources: list[np.ndarray[Any, Any]] | None = None
+
+    def begin(self, context: Context, target: Target, **inputs: Any) -> None:
+        """Remember the source of each row, where there is one with the same vocabulary."""
+        source = inputs.get("input_ids")
+        self._sources = None if source is None else list(source.cpu().numpy())
+
+    def continuation(self, ids: np.ndarray[Any, Any], length: int) -> np.ndarray[Any, Any]:
+        """At most ``length`` tokens that followed the longest known suffix of ids [T]."""
+        n = len(ids)
+        for size in range(min(self.max_ngram, n - 1), self.min_ngram - 1, -1):
+            # ends[i]: the n-gram ending at i equals the suffix; the suffix itself is left out
+            ends = ids[size - 1 : n - 1] == ids[-1]
+            for back in range(1, size):
+                ends &= ids[size - 1 - back : n - 1 - back] == ids[-1 - back]
+            hits = np.flatnonzero(ends)
+            if len(hits):
+                start = int(hits[-1]) + size
+                return ids[start : start + length]
+        return ids[:0]
+
+    def propose(self, context: Context, shape: Shape) -> TokenTree:
+        """A chain below each root, or bare roots where nothing matches."""
+        length = min(shape.nodes, shape.depth)
+        chains = []
+        for b in range(context.batch):
+            ids = context.row(b).numpy()
+            if self._sources is not None:
+                ids = np.concatenate([self._sources[b], ids])
+            chain = self.continuation(ids, length) if length else ids[:0]
+            chains.append(torch.from_numpy(np.append(ids[-1:], chain))[None])
+        return stack([TokenTree(c, chain_topology(c.shape[1])) for c in chains])
+
+    def observe(self, step: Step) -> None:
+        """Nothing to learn: the committed text is the store."""
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep the sources of the given rows."""
+        if self._sources is not None:
+            self._sources = [self._sources[r] for r in rows]
+
+
+class ModelDrafter:
+    """A smaller model drafts: a chain by default, or a tree with a fixed branching.
+
+    Tokens are drawn from the draft model's own law *after* the request's processing; that law is
+    handed over as q, so the sampled output stays exact. Its cache is one session like the
+    target's: after each round it forgets rejected tokens and is fed the committed ones it has not
+    seen (after a full acceptance, that includes its own last draft).
+
+    Args:
+        model: The draft model as a target, with the target's vocabulary.
+        branching: Children of every node at each level; None drafts a chain. Levels beyond the
+            end repeat the last entry.
+        draw: ``"iid"`` or ``"without"`` replacement when sampling; greedy drafts are ``point``.
+        process: Apply the request's warpers to the draft model too. Off, q is the raw softmax:
+            still exact, lower acceptance.
+
+    Raises:
+        UnsupportedModelError: The draft model keeps a recurrent state, which cannot be rolled
+            back.
+    """
+
+    name = "draft-model"
+
+    def __init__(
+        self,
+        model: Target,
+        *,
+        branching: Sequence[int] | None = None,
+        draw: Draw = "iid",
+        process: bool = True,
+    ) -> None:
+        if model.max_batch == 1:
+            raise UnsupportedModelError(
+                "a draft model with recurrent state cannot forget rejected tokens; "
+                "use one with attention layers only"
+            )
+        if branching is not None and (not branching or min(branching) < 1):
+            raise InvalidInputError(f"branching must be positive numbers, got {list(branching)}")
+        self.model, self.branching, self.draw, self.process = model, branching, draw, process
+        self._session: Session | None = None
+        self._vocab = model.vocab_size
+        self._start: list[int] = []
+
+    def begin(self, context: Context, target: Target, **inputs: Any) -> None:
+        """Prefill the draft model with everything but the roots.
+
+        Raises:
+            MismatchError: The two vocabularies differ by more than padding rows.
+        """
+        self._vocab = target.vocab_size
+        if abs(self.model.vocab_size - target.vocab_size) > 512:
+            raise MismatchError(
+                f"the draft model has {self.model.vocab_size} tokens and the target "
+                f"{target.vocab_size}; a draft model must share the target's vocabulary"
+            )
+        own = inputs if getattr(self.model, "encoder_decoder", False) else {}
+        self._session = self.model.session(context.batch, **own)
+        rows = [context.row(b)[:-1] for b in range(context.batch)]
+        if any(len(r) for r in rows):
+            self._session.prefill(rows)
+        self._start = list(context.lengths)
+
+    def propose(self, context: Context, shape: Shape) -> TokenTree:
+        """Draw a chain or a tree within ``shape``."""
+        self._start = list(context.lengths)
+        limit = self.model.max_length
+        depth = min(shape.depth, shape.nodes)
+        if limit is not None:
+            depth = min(depth, limit - max(context.lengths))
+        if depth < 1:
+            return TokenTree.root(context.roots())
+        if self.branching is None or shape.width == 1 or self.model.reach != "tree":
+            return self._chain(context, depth)
+        return self._tree(context, shape.capped(shape.nodes, depth))
+
+    def _unseen(self, context: Context, leave: int) -> TokenTree | None:
+        """Committed tokens that the cache lacks, all but the last ``leave``, as chains."""
+        assert self._session is not None
+        rows = [
+            context.row(b)[n : context.lengths[b] - leave]
+            for b, n in enumerate(self._session.lengths)
+        ]
+        width = max(len(r) for r in rows)
+        if width == 0:
+            return None
+        tokens = torch.stack([torch.nn.functional.pad(r, (0, width - len(r))) for r in rows])
+        steps = torch.arange(width)
+        valid = torch.stack([steps < len(r) for r in rows])
+        return TokenTree(tokens, chain_topology(width), None if bool(valid.all()) else valid)
+
+    def _feed(self, tree: TokenTree) -> torch.Tensor:
+        """Run and commit a chain; returns the logits after the last valid token, [B, V]."""
+        assert self._session is not None
+        device = getattr(self.model, "device", tree.tokens.device)
+        logits = self._session.score(tree.to(device)).logits
+        steps = torch.arange(tree.nodes).expand(tree.batch, -1)
+        path = torch.where(tree.alive, steps, -1).to(device)
+        self._session.keep(path)
+        last = tree.alive.sum(1).clamp(min=1).to(device) - 1
+        return self._fit(logits[torch.arange(tree.batch, device=device), last])
+
+    def _fit(self, logits: torch.Tensor) -> torch.Tensor:
+        """Cut or pad the last axis to the target's vocabulary; padding has no probability."""
+        extra = self._vocab - logits.shape[-1]
+        if extra <= 0:
+            return logits[..., : self._vocab]
+        return torch.nn.functional.pad(logits, (0, extra), value=-torch.inf)
+
+    def _chain(self, context: Context, depth: int) -> TokenTree:
+        block = self._unseen(context, 0)
+        assert block is not None  # the root is never cached
+        logits = self._feed(block)
+        drafted = logits.new_zeros(context.batch, 0, dtype=torch.int64)
+        laws = []
+        point = context.law.greedy or context.noise is not None
+        for level in range(depth):
+            law = self._law(logits, context, drafted)
+            if point:
+                if context.noise is not None and not context.law.greedy:
+                    law = torch.log_softmax(law, -1) + torch.stack(
+                        [
+                            context.noise(r, n + level, self._vocab)
+                            for r, n in zip(context.requests, context.lengths, strict=True)
+                        ]
+                    ).to(law.device)
+                token = law.argmax(-1, keepdim=True)
+            else:
+                laws.append(torch.softmax(law, -1))
+                token = torch.multinomial(laws[-1], 1, generator=context.generator)
+            drafted = torch.cat([drafted, token], 1)
+            if level + 1 < depth:
+                logits = self._feed(TokenTree(token, chain_topology(1)))
+        roots = context.roots().to(drafted.device)
+        return TokenTree.chain(roots, drafted, q=None if point else torch.stack(laws, 1))
+
+    def _law(self, logits: torch.Tensor, context: Context, drafted: torch.Tensor) -> torch.Tensor:
+        logits = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+        return chain_logits(logits, context, drafted) if self.process else logits
+
+    def _tree(self, context: Context, shape: Shape) -> TokenTree:
+        """Level by level; each level re-scores the tree so far, and none of it is kept."""
+        assert self._session is not None and self.branching is not None
+        before = self._unseen(context, 1)
+        if before is not None:
+            self._feed(before)
+        point = context.law.greedy or self.draw == "point"
+        device = getattr(self.model, "device", context.ids.device)
+        tree = TokenTree.root(context.roots().to(device))
+        parent, level_nodes = [-1], [0]
+        q = None if point else torch.zeros(context.batch, 0, self._vocab, device=device)
+        nothing = torch.full((context.batch, 0), -1, dtype=torch.int64, device=device)
+        for level in range(shape.depth):
+            width = self.branching[min(level, len(self.branching) - 1)]
+            width = min(width, shape.width, (shape.nodes + 1 - tree.nodes) // len(level_nodes))
+            if width < 1:
+                break
+            bare = TokenTree(tree.tokens, tree.topology)
+            logits = self._fit(self._session.score(bare).logits)
+            self._session.keep(nothing)
+            law = context.law.logits(logits, bare, context) if self.process else logits.float()
+            frontier = law[:, level_nodes]  # [B, F, V]
+            if point:
+                fresh = frontier.topk(width, -1).indices
+            elif self.draw == "iid":
+                flat = torch.softmax(frontier, -1).flatten(0, 1)
+                fresh = torch.multinomial(flat, width, True, generator=context.generator)
+            else:
+                fresh = gumbel_top_k(frontier, width, context.generator)
+            tokens = torch.cat([tree.tokens, fresh.reshape(context.batch, -1)], 1)
+            start = tree.nodes
+            parent += [node for node in level_nodes for _ in range(width)]
+            level_nodes = list(range(start, tokens.shape[1]))
+            if q is not None:
+                rows = torch.softmax(law, -1)
+                q = torch.cat([q, rows[:, q.shape[1] :]], 1)
+            filler = None
+            if q is not None:
+                missing = tokens.shape[1] - q.shape[1]
+                filler = torch.cat([q, q.new_zeros(context.batch, missing, self._vocab)], 1)
+            draw: Draw = "point" if point else self.draw
+            tree = TokenTree(tokens, Topology.of(parent).to(device), None, draw, filler)
+        return tree
+
+    def observe(self, step: Step) -> None:
+        """Forget drafted tokens that were not accepted."""
+        assert self._session is not None
+        known = [n + a for n, a in zip(self._start, step.accepted, strict=True)]
+        self._session.truncate([min(a, b) for a, b in zip(known, self._session.lengths)])
+        self._start = list(step.context.lengths)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep only the given rows."""
+        assert self._session is not None
+        self._session = self._session.fork(rows)
+        self._start = [self._start[r] for r in rows]
+
+
+def gumbel_top_k(logits: torch.Tensor, k: int, generator: torch.Generator) -> torch.Tensor:
+    """Draw k tokens without replacement, in draw order, from softmax(logits) [..., V].
+
+    The k largest of logits + Gumbel noise, *sorted*, are a draw without replacement in order
+    (Vieira 2014; Kool et al. 2019, 1903.06059); unsorted they are not.
+
+    Returns:
+        int64 [..., k].
+    """
+    u = torch.rand(logits.shape, generator=generator, device=logits.device, dtype=torch.float64)
+    noise = -torch.log(-torch.log(u.clamp(min=1e-300)))
+    return (logits.double() + noise).topk(k, -1, sorted=True).indices

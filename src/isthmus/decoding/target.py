@@ -1,0 +1,610 @@
+"""Targets: any generating model of transformers behind one small interface.
+
+A target opens sessions. A session holds the committed tokens of B rows in a cache; ``score`` runs
+a token tree on top of them and ``keep`` commits one path of it. Models are used through their
+public interface only: a 4-D additive mask, position ids, a cache object, forward hooks. What that
+route assumes is verified when the target is made (:func:`verified_reach`): trees where trees are
+exact, chains where only chains are, one-token steps otherwise.
+
+How positions reach a model:
+
+* rotary and learned positions of decoder-only models: ``position_ids``;
+* BART, Marian, Whisper: a forward hook on the decoder's position table;
+* T5: relative biases come from slot numbers, so the difference to the biases of the true
+  positions is added to the mask;
+* ALiBi models (BLOOM) derive distances from a 2-D mask: chains only.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput
+
+from isthmus.decoding.cache import LayerShape, SlotCache
+from isthmus.decoding.tree import TokenTree, Topology, chain_topology
+from isthmus.errors import InvalidInputError, UnsupportedModelError
+from isthmus.nn.masks import tree_mask
+from isthmus.roles import Reach, Scores, Session
+
+MAX_NODES = 1024
+"""Draft nodes in one forward at most; bounds the [N, S + N] mask."""
+
+PREFILL_CHUNK = 1024
+"""Prompt tokens a forward; bounds the [chunk, S] mask."""
+
+
+def layer_kinds(model: Any) -> tuple[str, ...]:
+    """Kind of every decoder layer: ``"full"``, ``"sliding"`` or ``"recurrent"``.
+
+    Raises:
+        UnsupportedModelError: A layer keeps its past in a way that the engine does not know.
+    """
+    kinds = []
+    for layer in DynamicCache(config=model.config.get_text_config(decoder=True)).layers:
+        name = type(layer).__name__
+        if hasattr(layer, "conv_states"):
+            kinds.append("recurrent")
+        elif getattr(layer, "is_sliding", False):
+            kinds.append("sliding")
+        elif name == "DynamicLayer":
+            kinds.append("full")
+        else:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} keeps a layer's past as {name}, which isthmus cannot "
+                "roll back; use a model with attention or linear-attention layers"
+            )
+    return tuple(kinds) or ("full",)
+
+
+class HubTarget:
+    """A causal or encoder-decoder model of transformers 5 as a target.
+
+    Args:
+        model: The model, in eval mode. Its parameters, attention kernel and config stay as they
+            are.
+        reach: What one forward scores exactly; measured by :func:`verified_reach` when None.
+
+    Attributes:
+        vocab_size: Width V of the logits.
+        reach: ``"tree"``, ``"chain"`` or ``"step"``.
+        max_length: Context limit in tokens (prompt and output), or None.
+        max_batch: 1 for models with recurrent state, else None.
+        max_nodes: Draft nodes that one forward may hold.
+        encoder_decoder: Whether sessions take encoder inputs.
+
+    Raises:
+        UnsupportedModelError: The model cannot be decoded with an unchanged output.
+    """
+
+    def __init__(self, model: Any, *, reach: Reach | None = None) -> None:
+        self.model = model
+        self.config = model.config.get_text_config(decoder=True)
+        self.encoder_decoder = bool(model.config.is_encoder_decoder)
+        self.kinds = layer_kinds(model)
+        self.recurrent = "recurrent" in self.kinds
+        self.max_batch = 1 if self.recurrent else None
+        self.max_nodes = MAX_NODES
+        self.window = getattr(self.config, "sliding_window", None)
+        self.mixed = "full" in self.kinds and "sliding" in self.kinds
+        parameter = next(model.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        if "flash" in str(self.config._attn_implementation):
+            raise UnsupportedModelError(
+                "flash attention takes no tree mask; load the model with "
+                "attn_implementation='sdpa' or 'eager'"
+            )
+        names = inspect.signature(model.forward).parameters
+        self._takes_positions = "position_ids" in names
+        self._cache_name = "past_key_values" if "past_key_values" in names else "cache_params"
+        self._takes_logits_to_keep = "logits_to_keep" in names
+        self._position_table = self._find_position_table()
+        self._relative_bias = self._find_relative_bias()
+        limit = None if self._relative_bias is not None else _context_limit(self.config)
+        self.max_length: int | None = None if self.recurrent else limit
+        self.start_token = getattr(model.generation_config, "decoder_start_token_id", None)
+        self.layout, self.vocab_size = self._probe()
+        self.reach: Reach = reach or verified_reach(self)
+
+    def session(self, batch: int, **inputs: Any) -> Session:
+        """Open a session for ``batch`` rows.
+
+        Args:
+            batch: Rows B.
+            inputs: Encoder inputs for encoder-decoder models: ``input_ids`` [B, T] or
+                ``input_features`` [B, M, T], and ``attention_mask`` [B, T]; or ``encoder_outputs``.
+
+        Raises:
+            InvalidInputError: Encoder inputs are missing or not wanted.
+            UnsupportedModelError: More rows than ``max_batch``.
+        """
+        if self.encoder_decoder != bool(inputs):
+            raise InvalidInputError(
+                f"{type(self.model).__name__} needs encoder inputs"
+                if self.encoder_decoder
+                else f"{type(self.model).__name__} takes no encoder inputs"
+            )
+        if self.max_batch is not None and batch > self.max_batch:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} keeps a recurrent state; decode one row at a time"
+            )
+        if self.recurrent:
+            return RecurrentSession(self)
+        return SlotSession(self, batch, self.encode(**inputs) if inputs else {})
+
+    @torch.no_grad()
+    def encode(self, **inputs: Any) -> dict[str, Any]:
+        """Run the encoder once; returns what every decoder call needs."""
+        mask = inputs.get("attention_mask")
+        extra = {} if mask is None else {"attention_mask": mask}
+        if "encoder_outputs" in inputs:
+            return {"encoder_outputs": inputs["encoder_outputs"], **extra}
+        name = self.model.main_input_name
+        if name not in inputs:
+            raise InvalidInputError(
+                f"{type(self.model).__name__} needs {name!r} as its encoder input"
+            )
+        encoded = self.model.get_encoder()(inputs[name], **extra)
+        return {"encoder_outputs": encoded, **extra}
+
+    @torch.no_grad()
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        *,
+        positions: torch.Tensor | None = None,
+        mask: Any = None,
+        cache: Any = None,
+        encoded: dict[str, Any] | None = None,
+        hidden: bool = False,
+        last_only: bool = False,
+    ) -> Scores:
+        """One call of the model; every shape decision is made by the caller.
+
+        Args:
+            tokens: int64 [B, N].
+            positions: Position of each token [B, N]; the model's own counting when None.
+            mask: Additive [B, 1 or H, N, S + N], a dict of such masks by layer kind, 2-D
+                [B, S + N], or None where the model's own causal mask is right.
+            cache: What ``past_key_values`` takes.
+            encoded: Result of :meth:`encode`.
+            hidden: Also return the last hidden states.
+            last_only: Compute the logits of the last token only.
+        """
+        kwargs: dict[str, Any] = {self._cache_name: cache, "use_cache": cache is not None}
+        if hidden:
+            kwargs["output_hidden_states"] = True
+        if last_only and self._takes_logits_to_keep:
+            kwargs["logits_to_keep"] = 1
+        if self.encoder_decoder:
+            kwargs |= encoded or {}
+            kwargs |= {"decoder_input_ids": tokens, "decoder_attention_mask": mask}
+        else:
+            kwargs |= {"input_ids": tokens, "attention_mask": mask}
+            if positions is not None and self._takes_positions:
+                kwargs["position_ids"] = positions
+        with self._placed(positions):
+            out = self.model(**kwargs)
+        states = None
+        if hidden:
+            layers = out.decoder_hidden_states if self.encoder_decoder else out.hidden_states
+            states = layers[-1]
+        return Scores(out.logits, states)
+
+    @contextmanager
+    def _placed(self, positions: torch.Tensor | None) -> Iterator[None]:
+        """Give a decoder with a position table the true positions for one call."""
+        table = self._position_table
+        if table is None or positions is None:
+            yield
+            return
+
+        def calm(module: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+            # the model counts slots, which may run past the end of its table
+            own = kwargs.get("position_ids")
+            return args, kwargs | ({} if own is None else {"position_ids": torch.zeros_like(own)})
+
+        def replace(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+            return F.embedding(positions + getattr(module, "offset", 0), module.weight)
+
+        handles = (
+            table.register_forward_pre_hook(calm, with_kwargs=True),
+            table.register_forward_hook(replace),
+        )
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _find_position_table(self) -> Any:
+        if not self.encoder_decoder:
+            return None
+        table = getattr(self.model.get_decoder(), "embed_positions", None)
+        return table if isinstance(table, torch.nn.Embedding) else None
+
+    def _find_relative_bias(self) -> Any:
+        if not self.encoder_decoder:
+            return None
+        found = [
+            m
+            for m in self.model.get_decoder().modules()
+            if getattr(m, "has_relative_attention_bias", False) and hasattr(m, "compute_bias")
+        ]
+        return found[0] if len(found) == 1 else None
+
+    def bias_shift(self, positions: torch.Tensor, slots: torch.Tensor, start: int) -> torch.Tensor:
+        """Relative bias of the true positions minus the one the model takes from slot numbers.
+
+        Args:
+            positions: Position of each node [B, N].
+            slots: Position of each slot, the nodes' own included, [B, S + N].
+            start: Slot of the first node.
+
+        Returns:
+            [B, H, N, S + N], to be added to the mask.
+        """
+        n, total = positions.shape[1], slots.shape[1]
+        reach = max(total, int(positions.max()) + 1)
+        # [H, reach]: bias by distance, nearest first
+        table = self._relative_bias.compute_bias(1, reach, past_seen_tokens=reach - 1)[0, :, 0]
+        table = table.flip(-1)
+        true = (positions[:, :, None] - slots[:, None, :]).clamp(min=0)
+        arange = torch.arange(total, device=slots.device)
+        by_slot = (arange[start : start + n, None] - arange).clamp(min=0)
+        shift = table[:, true] - table[:, by_slot][:, None]
+        return shift.transpose(0, 1)
+
+    def probe_inputs(self) -> dict[str, Any]:
+        """Small random encoder inputs for the checks at load; empty for decoder-only models."""
+        if not self.encoder_decoder:
+            return {}
+        generator = torch.Generator().manual_seed(0)
+        config = self.model.config
+        if self.model.main_input_name == "input_features":
+            shape = (1, config.num_mel_bins, 2 * config.max_source_positions)
+            features = torch.randn(shape, generator=generator, dtype=torch.float32)
+            return {"input_features": features.to(self.device, self.dtype)}
+        if self.model.main_input_name == "input_ids":
+            ids = torch.randint(3, config.vocab_size, (1, 5), generator=generator)
+            return {"input_ids": ids.to(self.device)}
+        raise UnsupportedModelError(
+            f"{type(self.model).__name__} reads {self.model.main_input_name!r}; isthmus decodes "
+            "from input_ids and input_features"
+        )
+
+    def _probe(self) -> tuple[list[LayerShape | None], int]:
+        """Layer shapes of the cache and the width of the logits, read off one small forward."""
+        tokens = torch.tensor([[0, 1]], device=self.device)
+        inner = DynamicCache(config=self.config) if self.recurrent else DynamicCache()
+        cache = EncoderDecoderCache(inner, DynamicCache()) if self.encoder_decoder else inner
+        inputs = self.probe_inputs()
+        encoded = self.encode(**inputs) if inputs else None
+        scores = self.forward(tokens, cache=cache, encoded=encoded)
+        layout: list[LayerShape | None] = []
+        for layer in inner.layers:
+            keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+            if keys is None or values is None or keys.ndim != 4:
+                layout.append(None)
+            else:
+                layout.append(LayerShape(keys.shape[1], keys.shape[3], values.shape[3]))
+        if not self.recurrent and not any(layout):
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} leaves nothing in a key/value cache, so isthmus "
+                "cannot continue from it"
+            )
+        return layout, int(scores.logits.shape[-1])
+
+
+def _context_limit(config: Any) -> int | None:
+    for name in ("max_position_embeddings", "n_positions", "max_target_positions"):
+        limit = getattr(config, name, None)
+        if isinstance(limit, int) and limit > 0:
+            return limit
+    return None
+
+
+class SlotSession:
+    """A session of an attention model on a :class:`~isthmus.decoding.cache.SlotCache`.
+
+    Args:
+        target: The model.
+        batch: Rows B.
+        encoded: Result of :meth:`HubTarget.encode`, empty for decoder-only models.
+    """
+
+    def __init__(self, target: HubTarget, batch: int, encoded: dict[str, Any]) -> None:
+        self.target = target
+        self.encoded = encoded
+        self.cache = SlotCache(target.layout, batch, target.dtype, target.device)
+        self._bind()
+
+    def _bind(self) -> None:
+        hub: Cache | EncoderDecoderCache = self.cache.hub
+        if self.target.encoder_decoder:
+            hub = EncoderDecoderCache(self.cache.hub, DynamicCache())
+        self._hub = hub
+
+    @property
+    def lengths(self) -> list[int]:
+        """Cached tokens of each row."""
+        return self.cache.lengths
+
+    def prefill(self, rows: Sequence[torch.Tensor]) -> None:
+        """Cache the tokens of each row, one int64 [T_b] tensor a row."""
+        longest = max(len(r) for r in rows)
+        for start in range(0, longest, PREFILL_CHUNK):
+            parts = [r[start : start + PREFILL_CHUNK] for r in rows]
+            width = max(len(p) for p in parts)
+            tokens = torch.stack([F.pad(p, (0, width - len(p))) for p in parts])
+            steps = torch.arange(width)
+            path = torch.stack([torch.where(steps < len(p), steps, -1) for p in parts])
+            valid = None if bool((path >= 0).all()) else (path >= 0).to(self.target.device)
+            tree = TokenTree(tokens.to(self.target.device), chain_topology(width), valid)
+            self._run(tree, last_only=True)
+            self.keep(path.to(self.target.device))
+
+    def score(self, tree: TokenTree, *, hidden: bool = False) -> Scores:
+        """Run the model on a tree; see :class:`isthmus.roles.Session`.
+
+        Raises:
+            InvalidInputError: The tree is wider than the target's reach.
+        """
+        if self.target.reach == "chain" and not tree.is_chain:
+            raise InvalidInputError(
+                f"{type(self.target.model).__name__} scores chains only; use tree.first_chain()"
+            )
+        return self._run(tree, hidden=hidden)
+
+    def _run(self, tree: TokenTree, *, hidden: bool = False, last_only: bool = False) -> Scores:
+        cache, target = self.cache, self.target
+        cache.reserve(tree.nodes)
+        mask: Any = None
+        positions: torch.Tensor | None = None
+        plain = cache.dense and tree.is_chain and tree.valid is None
+        if not plain or target._takes_positions:
+            start = torch.tensor(cache.lengths, device=target.device)
+            positions = start[:, None] + tree.topology.depth
+            if target.max_length is not None:
+                # only padding nodes and finished rows reach past the end of a position table
+                positions.clamp_(max=target.max_length - 1)
+        if not plain:
+            mask = self._chain_mask(tree) if target.reach == "chain" else None
+            if mask is None:
+                assert positions is not None
+                mask = self._tree_mask(tree, positions)
+        return target.forward(
+            tree.tokens,
+            positions=positions,
+            mask=mask,
+            cache=self._hub,
+            encoded=self.encoded,
+            hidden=hidden,
+            last_only=last_only,
+        )
+
+    def _chain_mask(self, tree: TokenTree) -> torch.Tensor:
+        """2-D mask [B, S + N] of live slots and valid nodes."""
+        past = self.cache.live[:, : self.cache.used]
+        return torch.cat([past, tree.alive], 1).long()
+
+    def _tree_mask(self, tree: TokenTree, positions: torch.Tensor) -> Any:
+        cache, target = self.cache, self.target
+        used = slice(0, cache.used)
+        slot_pos = cache.pos[:, used]
+        slot_live = None if cache.dense else cache.live[:, used]
+
+        def build(window: int | None) -> torch.Tensor:
+            return tree_mask(
+                tree.topology.ancestors,
+                positions,
+                slot_pos=slot_pos,
+                slot_live=slot_live,
+                past=cache.used,
+                window=window,
+                dtype=target.dtype,
+            )
+
+        if target.mixed:
+            return {"full_attention": build(None), "sliding_attention": build(target.window)}
+        mask = build(target.window if "sliding" in target.kinds else None)
+        if target._relative_bias is not None:
+            slots = torch.cat([slot_pos, positions.expand(cache.batch, -1)], 1)
+            shift = target.bias_shift(positions, slots, cache.used)
+            low = torch.finfo(mask.dtype).min
+            mask = torch.where(mask == 0, shift, torch.full((), low, dtype=mask.dtype))
+        return mask
+
+    def keep(self, path: torch.Tensor) -> None:
+        """Commit one path of the last scored tree, int64 [B, M] padded with -1."""
+        self.cache.keep(path)
+
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Forget cached tokens beyond the given lengths."""
+        self.cache.truncate(lengths)
+
+    def fork(self, rows: Sequence[int]) -> SlotSession:
+        """Copies of the given rows."""
+        twin = object.__new__(SlotSession)
+        twin.target = self.target
+        twin.cache = self.cache.select(rows)
+        twin.encoded = dict(self.encoded)
+        if self.encoded:
+            index = torch.tensor(list(rows), device=self.target.device)
+            states = self.encoded["encoder_outputs"][0].index_select(0, index)
+            twin.encoded["encoder_outputs"] = BaseModelOutput(last_hidden_state=states)
+            if "attention_mask" in self.encoded:
+                twin.encoded["attention_mask"] = self.encoded["attention_mask"][index]
+        twin._bind()
+        return twin
+
+
+class RecurrentSession:
+    """One row of a model with recurrent state: chains by snapshot, or one-token steps.
+
+    ``base`` is the state after the committed tokens except ``pending`` ones, which are fed again
+    at the head of the next block: cheaper than a replay after every round.
+    """
+
+    max_pending = 16
+
+    def __init__(self, target: HubTarget) -> None:
+        self.target = target
+        self.base = DynamicCache(config=target.config)
+        self.pending: list[int] = []
+        self.length = 0
+        self._ahead: DynamicCache | None = None
+        self._block: list[int] = []
+
+    @property
+    def lengths(self) -> list[int]:
+        """Cached tokens of the row, pending ones included."""
+        return [self.length]
+
+    def _feed(self, cache: DynamicCache, tokens: list[int], hidden: bool = False) -> Scores:
+        block = torch.tensor([tokens], device=self.target.device)
+        return self.target.forward(block, cache=cache, hidden=hidden)
+
+    def prefill(self, rows: Sequence[torch.Tensor]) -> None:
+        """Run the tokens into the state: one forward from an empty state, else as reach allows."""
+        tokens = rows[0].tolist()
+        if not tokens:
+            return
+        if self.length == 0 or self.target.reach != "step":
+            self._feed(self.base, self.pending + tokens)
+            self.pending = []
+        else:
+            for token in tokens:
+                self._feed(self.base, [token])
+        self.length += len(tokens)
+
+    def score(self, tree: TokenTree, *, hidden: bool = False) -> Scores:
+        """Run a chain (or a bare root, where reach is ``"step"``).
+
+        Raises:
+            InvalidInputError: A tree that is not a chain, or a chain where only steps are exact.
+        """
+        if not tree.is_chain or (self.target.reach == "step" and tree.nodes > 1):
+            kind = "one token" if self.target.reach == "step" else "chains"
+            raise InvalidInputError(f"{type(self.target.model).__name__} scores {kind} only")
+        self._block = tree.tokens[0].tolist()
+        # a bare root is always kept, so the state may advance in place
+        alone = tree.nodes == 1 and not self.pending
+        self._ahead = self.base if alone else copy.deepcopy(self.base)
+        scores = self._feed(self._ahead, self.pending + self._block, hidden)
+        n = tree.nodes
+        states = None if scores.hidden is None else scores.hidden[:, -n:]
+        return Scores(scores.logits[:, -n:], states)
+
+    def keep(self, path: torch.Tensor) -> None:
+        """Commit the first M tokens of the last chain."""
+        count = int((path[0] >= 0).sum())
+        self.length += count
+        if count == len(self._block) and self._ahead is not None:
+            self.base, self.pending = self._ahead, []
+        else:
+            self.pending = self.pending + self._block[:count]
+            if len(self.pending) > self.max_pending:
+                self._feed(self.base, self.pending)
+                self.pending = []
+        self._ahead = None
+
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Recurrent state cannot be rolled back.
+
+        Raises:
+            UnsupportedModelError: Unless nothing has to be forgotten.
+        """
+        if lengths[0] < self.length:
+            raise UnsupportedModelError(
+                f"{type(self.target.model).__name__} keeps a recurrent state and cannot forget "
+                "tokens; use a draft model with attention layers only"
+            )
+
+    def fork(self, rows: Sequence[int]) -> RecurrentSession:
+        """A copy of the row.
+
+        Raises:
+            UnsupportedModelError: More than one row is asked for.
+        """
+        if list(rows) != [0]:
+            raise UnsupportedModelError("a recurrent session holds one row")
+        return copy.deepcopy(self, {id(self.target): self.target})
+
+
+PROBE_PARENTS = (-1, 0, 0, 1, 1, 3)
+
+
+@torch.no_grad()
+def verified_reach(target: HubTarget) -> Reach:
+    """Find what one forward of a model scores exactly, by trying it.
+
+    A 7-token prefix, then a 6-node tree (else a chain, else one token) in one call against each
+    path recomputed without a cache, then one path kept and one more token fed.
+
+    Returns:
+        ``"tree"``, ``"chain"`` or ``"step"``.
+
+    Raises:
+        UnsupportedModelError: Not even one-token steps agree with the model without its cache.
+    """
+    options: list[tuple[Reach, tuple[int, ...]]] = [("chain", (-1, 0, 1, 2)), ("step", (-1,))]
+    if not target.recurrent:
+        options.insert(0, ("tree", PROBE_PARENTS))
+    worst = float("nan")
+    for reach, parents in options:
+        target.reach = reach
+        try:
+            worst = probe_error(target, parents)
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError):
+            continue  # the model refuses this route; the next one asks less of it
+        if worst <= tolerance(target.dtype):
+            return reach
+    raise UnsupportedModelError(
+        f"{type(target.model).__name__} with its cache differs from itself without one by "
+        f"{worst:.1e} of the logit spread, so its output cannot be kept unchanged"
+    )
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Largest difference of logits, as a share of their spread, that rounding explains."""
+    return 1e-3 if dtype in (torch.float32, torch.float64) else 4e-2
+
+
+def probe_error(target: HubTarget, parents: Sequence[int]) -> float:
+    """Worst difference between a tree scored at once and its paths recomputed without a cache.
+
+    Returns:
+        Largest absolute difference of logits over the spread (max - min) of the reference.
+    """
+    generator = torch.Generator().manual_seed(1)
+    inputs = target.probe_inputs()
+    encoded = target.encode(**inputs) if inputs else None
+    draw = torch.randint(0, target.vocab_size, (8 + len(parents),), generator=generator)
+    draw = draw.to(target.device)
+    prefix, nodes, last = draw[:7], draw[7:-1], draw[-1:]
+    topology = Topology.of(parents)
+    topology = chain_topology(len(parents)) if topology.is_chain else topology
+    session = target.session(1, **inputs)
+    session.prefill([prefix])
+    got = session.score(TokenTree(nodes[None], topology)).logits[0]
+    worst = 0.0
+    path = topology.paths()[-1]
+    for leaf in topology.paths():
+        full = torch.cat([prefix, nodes[leaf]])
+        want = target.forward(full[None], encoded=encoded).logits[0, len(prefix) :]
+        spread = float(want.max() - want.min()) or 1.0
+        worst = max(worst, float((got[leaf] - want).abs().max()) / spread)
+    session.keep(torch.tensor([path], device=target.device))
+    again = session.score(TokenTree(last[None], chain_topology(1))).logits[0, -1]
+    full = torch.cat([prefix, nodes[path], last])
+    want = target.forward(full[None], encoded=encoded).logits[0, -1]
+    spread = float(want.max() - want.min()) or 1.0
+    return max(worst, float((again - want).abs().max()) / spread)

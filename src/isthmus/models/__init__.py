@@ -1,0 +1,1 @@
+"""Generic assemblies and the adapter to transformers."""

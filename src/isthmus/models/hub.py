@@ -1,0 +1,221 @@
+"""The adapter to transformers: find, load and pair up checkpoints, with errors that say what to do."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from isthmus.errors import (
+    BrokenFileError,
+    InvalidInputError,
+    MismatchError,
+    UnknownNameError,
+    UnsupportedModelError,
+)
+
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass
+class Checkpoint:
+    """A loaded model.
+
+    Attributes:
+        model: A model of transformers in eval mode.
+        tokenizer: Its tokenizer, or None when the checkpoint has none.
+        source: The path or hub id it came from.
+    """
+
+    model: Any
+    tokenizer: Any
+    source: str
+
+
+def parse_dtype(name: str, device: str) -> torch.dtype:
+    """A dtype by name; ``"auto"`` takes what the device computes fastest.
+
+    Raises:
+        UnknownNameError: Not a dtype.
+    """
+    if name == "auto":
+        return preferred_dtype(device)
+    if name not in DTYPES:
+        raise UnknownNameError("dtype", name, ["auto", *DTYPES])
+    return DTYPES[name]
+
+
+@lru_cache(maxsize=4)
+def preferred_dtype(device: str) -> torch.dtype:
+    """bfloat16 where the device multiplies it at least as fast as float32, else float32."""
+    if device != "cpu":
+        return torch.bfloat16
+    best = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.ones(32, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype)
+        samples = []
+        for _ in range(4):
+            start = time.perf_counter()
+            a @ b
+            samples.append(time.perf_counter() - start)
+        best[dtype] = min(samples)
+    return torch.bfloat16 if best[torch.bfloat16] <= best[torch.float32] else torch.float32
+
+
+def parse_device(name: str) -> str:
+    """A device by name; ``"auto"`` is the first GPU, else the CPU.
+
+    Raises:
+        InvalidInputError: Not a device of this machine.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidInputError(
+            f"device {name!r} is not available here; try --device cpu"
+        ) from error
+    return str(device)
+
+
+def load_checkpoint(source: str, *, dtype: str = "auto", device: str = "auto") -> Checkpoint:
+    """Load a generating model and its tokenizer.
+
+    Args:
+        source: Folder of a checkpoint, or a hub id.
+        dtype: ``"auto"``, ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"float64"``.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"`` ...
+
+    Raises:
+        UnknownNameError: Neither a folder nor a hub id that can be reached.
+        BrokenFileError: A file of the checkpoint is damaged.
+        UnsupportedModelError: The checkpoint does not generate text.
+    """
+    where = parse_device(device)
+    number = parse_dtype(dtype, where)
+    from transformers import AutoConfig
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with _translated(source):
+            config = AutoConfig.from_pretrained(source)
+            model = _auto_class(config).from_pretrained(source, dtype=number)
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    _check_complete(model, source)
+    return Checkpoint(model.to(where).eval(), load_tokenizer(source), source)
+
+
+def load_tokenizer(source: str) -> Any:
+    """The tokenizer of a checkpoint, or None when there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _auto_class(config: Any) -> Any:
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSeq2SeqLM,
+        AutoModelForSpeechSeq2Seq,
+    )
+
+    for auto in (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq):
+        if bool(config.is_encoder_decoder) == (auto is AutoModelForCausalLM):
+            continue
+        if type(config) in auto._model_mapping:
+            return auto
+    raise UnsupportedModelError(
+        f"model type {config.model_type!r} does not generate text with transformers; isthmus "
+        "decodes causal, sequence-to-sequence and speech-to-text models"
+    )
+
+
+class _translated:
+    """Turn the errors of loading into ours, one line each."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None or isinstance(error, (UnsupportedModelError, KeyboardInterrupt)):
+            return
+        folder = Path(self.source)
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if not folder.exists():
+            raise UnknownNameError(
+                "model",
+                self.source,
+                [],
+                hint="- give a folder with a checkpoint or a hub id that this machine can reach",
+            ) from error
+        if not folder.is_dir() or not (folder / "config.json").exists():
+            raise BrokenFileError(
+                f"{self.source} holds no config.json; give the folder of a checkpoint"
+            ) from error
+        raise BrokenFileError(
+            f"the checkpoint in {self.source} cannot be read ({first}); fetch or export it again"
+        ) from error
+
+
+def _check_complete(model: Any, source: str) -> None:
+    folder = Path(source)
+    if not folder.is_dir():
+        return
+    names = {p.name for p in folder.iterdir()}
+    if not names & {"model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"}:
+        raise BrokenFileError(f"{source} holds no weights (model.safetensors)")
+
+
+def check_same_vocabulary(draft: Any, target: Any) -> None:
+    """Compare two tokenizers token by token.
+
+    Raises:
+        MismatchError: A token id means something else in the draft model.
+    """
+    if draft is None or target is None:
+        return
+    ours, theirs = draft.get_vocab(), target.get_vocab()
+    if ours == theirs:
+        return
+    wrong = [t for t, i in ours.items() if theirs.get(t) != i]
+    missing = len(theirs.keys() - ours.keys())
+    if wrong or missing:
+        example = f", for example {wrong[0]!r}" if wrong else ""
+        raise MismatchError(
+            f"the draft model's vocabulary differs from the target's ({len(wrong)} tokens with "
+            f"another id or none{example}, {missing} missing); use a draft model of the same family"
+        )
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of ours.
+
+    Raises:
+        BrokenFileError: It is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BrokenFileError(f"{path} cannot be read ({error})") from error

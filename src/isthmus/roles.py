@@ -1,0 +1,295 @@
+"""The grammar: the roles that parts play in decoding, one Protocol each.
+
+A system is a part that plays one of these roles. Shapes are written with the house letters:
+B batch, N draft nodes (node 0 is the root), S cache slots, V vocabulary, D depth. Everything here
+is structural: no part inherits from a role, ``isthmus.testing`` checks that it keeps it.
+
+The loop in :mod:`isthmus.decoding.engine` is
+``propose -> score -> accept -> commit -> observe`` and knows only these names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import torch
+
+    from isthmus.decoding.tree import TokenTree
+
+Reach = Literal["tree", "chain", "step"]
+"""What a target scores exactly in one forward: any tree, a chain only, or one token."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How much a policy allows to be drafted in one round.
+
+    Attributes:
+        nodes: Draft nodes at most, the root not counted. 0 is plain decoding.
+        depth: Levels below the root at most.
+        width: Children of one node at most; 1 asks for a chain.
+    """
+
+    nodes: int
+    depth: int
+    width: int = 1_000_000
+
+    def capped(self, nodes: int, depth: int, width: int = 1_000_000) -> Shape:
+        """Return this shape with every limit lowered to the given ones (never below 0)."""
+        return Shape(
+            max(0, min(self.nodes, nodes)),
+            max(0, min(self.depth, depth)),
+            max(1, min(self.width, width)),
+        )
+
+
+PLAIN = Shape(nodes=0, depth=0)
+"""Draft nothing: plain decoding."""
+
+
+@dataclass
+class Context:
+    """What a drafter and a policy may look at before a draft is drawn.
+
+    Attributes:
+        ids: Committed tokens of every row, int64 [B, >= max(lengths)]; the last committed token of
+            row b, ``ids[b, lengths[b] - 1]``, is the root of the next tree. On the CPU.
+        lengths: Committed tokens in each row, prompt included.
+        prompt_lengths: Prompt tokens in each row.
+        law: The sampling law of this request; a drafter that samples draws from its own logits
+            through the same law.
+        generator: Source of every random draw.
+        requests: Which request each row serves; rows leave the batch as they finish.
+        noise: Set under coupled acceptance: ``noise(request, position, vocab_size)`` gives the
+            Gumbel noise [V] that decides the token at that position, shared by drafter and target.
+    """
+
+    ids: torch.Tensor
+    lengths: list[int]
+    prompt_lengths: list[int]
+    law: Law
+    generator: torch.Generator
+    requests: list[int]
+    noise: Callable[[int, int, int], torch.Tensor] | None = None
+
+    @property
+    def batch(self) -> int:
+        """Rows in this round."""
+        return len(self.lengths)
+
+    def row(self, b: int) -> torch.Tensor:
+        """Committed tokens of row b, int64 [lengths[b]]."""
+        return self.ids[b, : self.lengths[b]]
+
+    def roots(self) -> torch.Tensor:
+        """The last committed token of every row, int64 [B]."""
+        last = [[n - 1] for n in self.lengths]
+        return self.ids.gather(1, self.ids.new_tensor(last))[:, 0]
+
+
+@dataclass
+class Verdict:
+    """What an acceptance rule decided about one tree.
+
+    Attributes:
+        path: Accepted node of each level, the root first, int64 [B, <= depth + 1], padded with -1.
+        token: The token that the target itself supplies at the end, int64 [B].
+    """
+
+    path: torch.Tensor
+    token: torch.Tensor
+
+
+@dataclass
+class Step:
+    """One finished round, as drafters and policies observe it.
+
+    Attributes:
+        tree: The tree that was scored.
+        logits: Raw target logits at every node [B, N, V].
+        verdict: Accepted path and final token, before truncation by stop rules.
+        accepted: Draft tokens accepted in each row.
+        context: The context after commit (``ids`` and ``lengths`` include the new tokens).
+        shape: The shape that the policy had asked for.
+        draft_s: Seconds spent in ``propose``.
+        score_s: Seconds spent in the target's forward.
+        hidden: Last hidden states [B, N, D] if the drafter asked for them.
+    """
+
+    tree: TokenTree
+    logits: torch.Tensor
+    verdict: Verdict
+    accepted: list[int]
+    context: Context
+    shape: Shape
+    draft_s: float = 0.0
+    score_s: float = 0.0
+    hidden: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a target says about a tree.
+
+    Attributes:
+        logits: Law of the child of each node, before any processing, [B, N, V].
+        hidden: Last hidden states [B, N, D], when asked for.
+    """
+
+    logits: torch.Tensor
+    hidden: torch.Tensor | None = None
+
+
+@runtime_checkable
+class Session(Protocol):
+    """A target at work on B rows: committed tokens are cached, the root of each row is not."""
+
+    @property
+    def lengths(self) -> list[int]:
+        """Cached tokens of each row."""
+        ...
+
+    def prefill(self, rows: Sequence[torch.Tensor]) -> None:
+        """Cache the given tokens, one int64 [T_b] tensor a row, after what is cached already."""
+        ...
+
+    def score(self, tree: TokenTree, *, hidden: bool = False) -> Scores:
+        """Run the target on a tree (root included) without committing any of it."""
+        ...
+
+    def keep(self, path: torch.Tensor) -> None:
+        """Commit one path of the last scored tree, int64 [B, M] node indices padded with -1."""
+        ...
+
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Forget cached tokens beyond the given lengths."""
+        ...
+
+    def fork(self, rows: Sequence[int]) -> Session:
+        """Return a session that holds copies of the given rows, in that order."""
+        ...
+
+
+@runtime_checkable
+class Target(Protocol):
+    """The model whose output is to stay unchanged.
+
+    Attributes:
+        vocab_size: Width V of the logits.
+        reach: What one forward scores exactly.
+        max_length: Context limit in tokens, or None.
+        max_batch: Rows one session can hold, or None.
+        max_nodes: Draft nodes that one forward may hold.
+    """
+
+    vocab_size: int
+    reach: Reach
+    max_length: int | None
+    max_batch: int | None
+    max_nodes: int
+
+    def session(self, batch: int, **inputs: Any) -> Session:
+        """Open a session; ``inputs`` are encoder inputs where the target has an encoder."""
+        ...
+
+
+@runtime_checkable
+class Law(Protocol):
+    """From raw logits to the distribution that a token is drawn from."""
+
+    greedy: bool
+
+    def logits(self, logits: torch.Tensor, tree: TokenTree, context: Context) -> torch.Tensor:
+        """Processed logits [B, N, V]; each node sees its own path."""
+        ...
+
+    def probs(self, logits: torch.Tensor, tree: TokenTree, context: Context) -> torch.Tensor:
+        """Probabilities [B, N, V], float32 or wider, exact zeros for banned tokens."""
+        ...
+
+
+@runtime_checkable
+class Drafter(Protocol):
+    """Proposes a token tree before the target is asked.
+
+    ``begin`` starts a batch of requests, ``propose`` drafts below the root, ``observe`` sees every
+    finished round (whoever drafted it), ``select`` follows when finished rows leave the batch.
+    """
+
+    name: str
+
+    def begin(self, context: Context, target: Target, **inputs: Any) -> None:
+        """Start on new rows; prompts are in ``context``, encoder inputs in ``inputs``."""
+        ...
+
+    def propose(self, context: Context, shape: Shape) -> TokenTree:
+        """Draft at most ``shape`` below each root; a bare root is a valid answer."""
+        ...
+
+    def observe(self, step: Step) -> None:
+        """Learn from a finished round."""
+        ...
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep only the given rows of the batch."""
+        ...
+
+
+@runtime_checkable
+class Acceptance(Protocol):
+    """Decides which draft tokens stand.
+
+    Attributes:
+        lossless: True when the output keeps the law of plain decoding exactly.
+    """
+
+    lossless: bool
+
+    def accept(self, tree: TokenTree, logits: torch.Tensor, context: Context) -> Verdict:
+        """Walk the tree with raw target logits [B, N, V] and return the verdict."""
+        ...
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """Decides, before anything is drawn, who drafts and how much; owns the drafters."""
+
+    def begin(self, context: Context, target: Target, **inputs: Any) -> None:
+        """Start on new rows."""
+        ...
+
+    def decide(self, context: Context, limit: Shape) -> tuple[Drafter | None, Shape]:
+        """Choose a drafter (None for plain decoding) and a shape within ``limit``."""
+        ...
+
+    def observe(self, step: Step, drafter: Drafter | None) -> None:
+        """Learn from a finished round and let the drafters learn."""
+        ...
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep only the given rows of the batch."""
+        ...
+
+
+@dataclass(frozen=True)
+class RoundTrace:
+    """One round of one row, for reports and pictures.
+
+    Attributes:
+        drafter: Name of the drafter, or ``"none"``.
+        nodes: Draft nodes scored, the root not counted.
+        accepted: Draft tokens accepted and kept.
+        emitted: Tokens emitted, the final one included.
+        drafted: Tokens of the tree in node order, the root not counted.
+        parents: Parent node of each drafted token.
+    """
+
+    drafter: str
+    nodes: int
+    accepted: int
+    emitted: int
+    drafted: tuple[int, ...] = field(default=(), repr=False)
+    parents: tuple[int, ...] = field(default=(), repr=False)

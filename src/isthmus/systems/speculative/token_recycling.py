@@ -1,0 +1,206 @@
+"""Token Recycling: the candidates that a forward computes anyway are next round's draft.
+
+Paper: Luo, Wang, Zhu, Zhang, Zhang, Yang, Xu. Turning Trash into Treasure: Accelerating Inference
+    of Large Language Models with Token Recycling. 2024. arXiv:2408.08696
+Idea: Keep the top-k successors of every token the target has scored in a [V, k] table and look up
+    a static tree in it, breadth first, at no model cost.
+Differs: Empty cells are marked instead of holding token 0, so a cold table drafts little rather
+    than nonsense. The template has the paper's level sizes (8, 21, 25, 15, 8, 3) and is ordered
+    best first, so that its first n nodes are the tree for a budget of n; which nodes of a level it
+    holds follows from fixed rank weights, not from the released list. ``prefill_update`` scores
+    the prompt once more instead of tapping the prefill.
+Lossless: yes
+
+    table[V, k] ──lookup──> tree ──target──> logits ──top-k──> table
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from isthmus.claims import Claim, Ruler
+from isthmus.decoding.stores import EMPTY, AdjacencyStore
+from isthmus.decoding.tree import TokenTree, Topology, chain_topology
+from isthmus.roles import Context, Shape, Step, Target
+
+LEVEL_SIZES = (8, 21, 25, 15, 8, 3)
+"""Nodes of each level below the root (sec. 3.2): 80 in all, depth 6."""
+
+RANK_WEIGHTS = (0.46, 0.17, 0.10, 0.075, 0.06, 0.05, 0.045, 0.04)
+"""How often the successor of each rank is right, roughly; decides the template's shape."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of Token Recycling, with the paper's defaults.
+
+    Attributes:
+        k: Successors kept for every token.
+        nodes: Template nodes at most, the root not counted.
+        prefill_update: Fill the table from the prompt's logits first.
+        keep: Keep the table for the next prompt (one user's prompts only: it holds text).
+        recycle: The mechanism; off, the table holds random successors and never learns.
+    """
+
+    k: int = 8
+    nodes: int = 80
+    prefill_update: bool = False
+    keep: bool = False
+    recycle: bool = True
+
+
+@dataclass(frozen=True)
+class Template:
+    """The static tree: parent and rank of every node, root first, best first."""
+
+    parents: np.ndarray[Any, Any]
+    ranks: np.ndarray[Any, Any]
+    levels: tuple[np.ndarray[Any, Any], ...]
+    topology: Topology
+
+
+@lru_cache(maxsize=32)
+def template(nodes: int = 80, k: int = 8) -> Template:
+    """The tree of the ``nodes`` best template nodes.
+
+    Args:
+        nodes: Nodes below the root, at most 80.
+        k: Successors of a node, at most 8.
+
+    Example:
+        >>> t = template(80)
+        >>> [len(level) for level in t.levels]
+        [8, 21, 25, 15, 8, 3]
+        >>> template(3).ranks.tolist(), template(3).parents.tolist()
+        ([0, 0, 0, 1], [-1, 0, 1, 0])
+    """
+    ranked: list[tuple[float, tuple[int, ...]]] = []
+    level: list[tuple[float, tuple[int, ...]]] = [(1.0, ())]
+    for size in LEVEL_SIZES:
+        children = [
+            (weight * RANK_WEIGHTS[rank], (*path, rank))
+            for weight, path in level
+            for rank in range(min(k, len(RANK_WEIGHTS)))
+        ]
+        # heavier first; among equals the smaller ranks, so the template is the same everywhere
+        level = sorted(children, key=lambda c: (-c[0], c[1]))[:size]
+        ranked += level
+    # a child weighs less than its parent, so every prefix of this order is a tree
+    ranked.sort(key=lambda c: (-c[0], c[1]))
+    paths = [(), *(path for _, path in ranked[:nodes])]
+    index = {path: i for i, path in enumerate(paths)}
+    parents = np.array([-1, *(index[p[:-1]] for p in paths[1:])])
+    depth = np.array([len(p) for p in paths])
+    return Template(
+        parents,
+        np.array([0, *(p[-1] for p in paths[1:])]),
+        tuple(np.flatnonzero(depth == d) for d in range(1, int(depth.max()) + 1)),
+        Topology.of(parents.tolist()),
+    )
+
+
+class TokenRecycling:
+    """Drafter with an adjacency table that learns from every scored node.
+
+    Args:
+        settings: See :class:`Settings`.
+
+    Example:
+        >>> drafter = TokenRecycling()
+        >>> drafter.default_shape
+        Shape(nodes=80, depth=6, width=8)
+    """
+
+    role: ClassVar[str] = "drafter"
+    name: ClassVar[str] = "token-recycling"
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.settings = settings or Settings()
+        self.store: AdjacencyStore | None = None
+
+    @property
+    def default_shape(self) -> Shape:
+        """The whole template."""
+        return Shape(self.settings.nodes, len(LEVEL_SIZES), self.settings.k)
+
+    def begin(self, context: Context, target: Target, **inputs: Any) -> None:
+        """Start with an empty table, or with the one kept from the last prompt."""
+        size = target.vocab_size
+        if self.store is None or not self.settings.keep or len(self.store.table) != size:
+            self.store = AdjacencyStore(size, self.settings.k)
+            if not self.settings.recycle:
+                table = self.store.table
+                table[:] = np.random.default_rng(0).integers(0, size, table.shape)
+        if self.settings.prefill_update and self.settings.recycle and target.reach != "step":
+            for b in range(context.batch):
+                ids = context.row(b)[:-1]
+                one = {k: v[b : b + 1] for k, v in inputs.items() if torch.is_tensor(v)}
+                if len(ids):
+                    session = target.session(1, **one)
+                    tree = TokenTree(ids[None], chain_topology(len(ids)))
+                    tree = tree.to(getattr(target, "device", ids.device))
+                    self.store.update_from_logits(ids, session.score(tree).logits[0])
+
+    def propose(self, context: Context, shape: Shape) -> TokenTree:
+        """Fill the template from the table; empty cells and repeated siblings are left out."""
+        assert self.store is not None
+        nodes = min(shape.nodes, self.settings.nodes)
+        if shape.width == 1:
+            nodes = shape.depth  # only the line of first successors is of use
+        plan = _line(nodes) if shape.width == 1 else template(nodes, self.store.table.shape[1])
+        tokens = self.store.fill(context.roots().numpy(), plan.parents, plan.ranks, plan.levels)
+        keep = (tokens != EMPTY) & ~_repeated(tokens, plan)
+        tree = TokenTree(torch.from_numpy(np.maximum(tokens, 0)), plan.topology)
+        if keep.all():
+            return tree
+        for level in plan.levels:  # what stands below a dropped node goes too
+            keep[:, level] &= keep[:, plan.parents[level]]
+        return tree.prune(torch.from_numpy(keep))
+
+    def observe(self, step: Step) -> None:
+        """Every scored node, rejected ones too, renews its token's row."""
+        if not self.settings.recycle or self.store is None:
+            return
+        tree = step.tree
+        if tree.valid is None:
+            self.store.update_from_logits(tree.tokens.flatten(), step.logits.flatten(0, 1))
+        else:
+            alive = tree.alive
+            self.store.update_from_logits(tree.tokens[alive], step.logits[alive])
+
+    def select(self, rows: Sequence[int]) -> None:
+        """The table is shared by the rows of a batch; nothing to do."""
+
+
+@lru_cache(maxsize=64)
+def _line(nodes: int) -> Template:
+    """The chain of first successors, for targets that score chains only."""
+    parents = np.arange(-1, nodes)
+    levels = tuple(np.array([i]) for i in range(1, nodes + 1))
+    return Template(parents, np.zeros(nodes + 1, dtype=np.int64), levels, chain_topology(nodes + 1))
+
+
+def _repeated(tokens: np.ndarray[Any, Any], plan: Template) -> np.ndarray[Any, Any]:
+    """Nodes whose token an earlier sibling already carries, bool [B, N].
+
+    Rows written by the target hold k unlike tokens; only a table of other origin can repeat.
+    """
+    pair = plan.parents * np.int64(2**32) + tokens
+    order = np.argsort(pair, axis=1, kind="stable")
+    ranked = np.take_along_axis(pair, order, 1)
+    same = np.zeros_like(tokens, dtype=bool)
+    same[:, 1:] = ranked[:, 1:] == ranked[:, :-1]
+    out = np.zeros_like(same)
+    np.put_along_axis(out, order, same, 1)
+    return out
+
+
+def claim(ruler: Ruler, scale: str = "small") -> Claim:
+    """Measure the claim of the paper on the embedded model; see :func:`isthmus.registry.load`."""
+    raise NotImplementedError

@@ -1,0 +1,1 @@
+"""Offline data and the small reference models that claims are measured on."""

@@ -1,0 +1,467 @@
+"""Small reference models: one table of recipes, trained on first use, cached by fingerprint.
+
+```
+recipe ─▶ corpus (pycode) ─▶ tokens ─▶ Trainer ─▶ bf16 checkpoint + tokenizer + card
+             └ held-out files ─────────────────────▶ loss, measured on the exported weights
+```
+
+`reference` returns a folder that transformers loads. The model ``pycode-t`` ships inside the
+package; its drafts ``pycode-s`` and ``pycode-xs`` share its tokenizer and take minutes to train.
+From the command line: ``python -m isthmus.workbench.reference pycode-s``.
+"""
+
+import argparse
+import copy
+import functools
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import tokenizers
+import torch
+import transformers
+from filelock import FileLock
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+import isthmus
+from isthmus.errors import BrokenFileError, InvalidInputError, IsthmusError, UnknownNameError
+from isthmus.workbench import pycode
+from isthmus.workbench._training import Progress, Recipe, Trainer, build, evaluate, pack
+from isthmus.workbench.tokenizer import end_id, load_tokenizer, train_tokenizer
+
+EMBEDDED = Path(__file__).parent / "embedded"
+"""Folder of the models that ship inside the package."""
+
+_MAKERS = (
+    Recipe(
+        name="pycode-t",
+        hidden_size=320,
+        num_hidden_layers=6,
+        num_attention_heads=5,
+        intermediate_size=896,
+        steps=1200,
+    ),
+    Recipe(
+        name="pycode-s",
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=352,
+        steps=480,
+    ),
+    Recipe(
+        name="pycode-xs",
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        intermediate_size=176,
+        steps=600,
+    ),
+)
+
+RECIPES: Mapping[str, Recipe] = MappingProxyType({recipe.name: recipe for recipe in _MAKERS})
+"""All reference models by name."""
+
+_SNAPSHOT_WINDOWS = 24
+
+
+def cache_dir() -> Path:
+    """Folder for everything that can be made again.
+
+    Returns:
+        ``$ISTHMUS_CACHE``, else ``$XDG_CACHE_HOME/isthmus``, else ``~/.cache/isthmus``. It need not
+        exist yet.
+    """
+    if given := os.environ.get("ISTHMUS_CACHE"):
+        return Path(given).expanduser()
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared).expanduser() / "isthmus"
+    return Path("~/.cache/isthmus").expanduser()
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """Name of a recipe's result: equal recipes and tokenizers, equal fingerprints.
+
+    Args:
+        recipe: Any recipe.
+
+    Returns:
+        Twelve hexadecimal digits.
+    """
+    state = hashlib.sha256(json.dumps(recipe.as_dict(), sort_keys=True).encode())
+    embedded = EMBEDDED / "pycode-t" / "tokenizer.json"
+    if embedded.exists():
+        state.update(embedded.read_bytes())
+    return state.hexdigest()[:12]
+
+
+def reference(name: str, progress: bool = True) -> Path:
+    """Return the folder of a reference model, training it first if need be.
+
+    Args:
+        name: A name in `RECIPES`.
+        progress: Show a progress bar while training, if standard error is a terminal.
+
+    Returns:
+        A folder with a transformers checkpoint (bf16), its tokenizer, ``recipe.json`` and
+        ``card.json`` (held-out loss, tokens seen, seconds, machine, versions, corpus digest).
+
+    Raises:
+        UnknownNameError: There is no such model.
+        BrokenFileError: A file is altered, or the cache folder cannot be written.
+        IsthmusError: This interpreter has no standard-library source to train on.
+        KeyboardInterrupt: Training was interrupted; the next call goes on from there.
+    """
+    if name not in RECIPES:
+        raise UnknownNameError("reference model", name, RECIPES)
+    recipe = RECIPES[name]
+    if _is_complete(EMBEDDED / name, recipe):
+        return EMBEDDED / name
+    folder = cache_dir() / "reference" / f"{name}-{fingerprint(recipe)}"
+    if not _is_complete(folder, recipe):
+        train(recipe, folder, progress=progress)
+    return folder
+
+
+def train(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    progress: bool = True,
+    documents: Sequence[str] | None = None,
+    snapshots: Path | None = None,
+    snapshot_every_s: float = 600.0,
+    held_out_windows: int | None = None,
+) -> None:
+    """Train a reference model and publish it.
+
+    The state of an unfinished run lies in the cache folder; the same recipe goes on from it. A
+    recipe that differs only in ``steps`` goes on from it too, as long as neither learning rate has
+    begun to fall, because up to there the two runs are the same.
+
+    Args:
+        recipe: What to train.
+        folder: Where to publish; replaced as a whole, at the end.
+        progress: Show a progress bar, if standard error is a terminal.
+        documents: Training texts instead of those of `pycode`.
+        snapshots: Folder to publish the unfinished model in now and then.
+        snapshot_every_s: Seconds between snapshots.
+        held_out_windows: Number of held-out sequences to measure on; None takes all.
+
+    Raises:
+        InvalidInputError: ``folder`` holds something else.
+        BrokenFileError: A checkpoint is altered, or a folder cannot be written.
+        IsthmusError: This interpreter has no standard-library source.
+        KeyboardInterrupt: Training was interrupted and its state saved.
+    """
+    for place in (folder, snapshots):
+        if place is not None:
+            _check_replaceable(place)
+    corpus = pycode.digest()
+    if documents is None:
+        documents = pycode.training_texts(recipe.library_repeats)
+    else:
+        corpus = hashlib.sha256("\0".join([corpus, *documents]).encode()).hexdigest()
+    # Without the number of steps: a run may be made longer or shorter while it lasts.
+    unfinished = f"{recipe.name}-{fingerprint(replace(recipe, steps=1))}-{corpus[:12]}"
+    state = cache_dir() / "unfinished" / unfinished
+    with _writable(state), FileLock(state.with_name(f"{unfinished}.lock")):
+        if _is_complete(folder, recipe):  # Made by another process while this one waited.
+            return
+        tokenizer = _tokenizer(recipe.vocab_size)
+        trainer = Trainer(
+            recipe,
+            _encode(tokenizer, documents),
+            end=end_id(tokenizer),
+            corpus=corpus,
+            directory=state,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+        )
+        with _bar(recipe, progress) as show:
+            published = time.monotonic()
+
+            def report(now: Progress) -> None:
+                nonlocal published
+                show(now)
+                if snapshots is not None and time.monotonic() - published > snapshot_every_s:
+                    export(trainer, tokenizer, snapshots, windows=_SNAPSHOT_WINDOWS)
+                    published = time.monotonic()
+
+            trainer.run(report)
+        export(trainer, tokenizer, folder, held_out_windows)
+        shutil.rmtree(state, ignore_errors=True)
+
+
+def export(
+    trainer: Trainer,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    windows: int | None = None,
+) -> None:
+    """Publish a model in bf16, with the held-out loss of exactly the published weights.
+
+    Args:
+        trainer: A run, finished or not.
+        tokenizer: Its tokenizer.
+        folder: Where to publish; replaced as a whole.
+        windows: Number of held-out windows to measure on; None takes all.
+
+    Raises:
+        InvalidInputError: ``folder`` holds something else.
+        BrokenFileError: ``folder`` cannot be written.
+    """
+    _check_replaceable(folder)
+    recipe = trainer.recipe
+    with _writable(folder.parent):
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        with _writable(temporary):
+            config = copy.deepcopy(trainer.model.config)
+            config.dtype = torch.bfloat16
+            config.architectures = [type(trainer.model).__name__]
+            config.save_pretrained(temporary)
+            GenerationConfig(  # type: ignore[no-untyped-call]
+                bos_token_id=trainer.end, eos_token_id=trainer.end, pad_token_id=trainer.end
+            ).save_pretrained(temporary)
+            # Tied weights are listed once, as transformers expects of a file.
+            weights = trainer.model.named_parameters()
+            save_file(
+                {name: weight.detach().to("cpu", torch.bfloat16) for name, weight in weights},
+                temporary / "model.safetensors",
+                metadata={"format": "pt"},
+            )
+            tokenizer.save_pretrained(temporary)
+            held_out = _held_out(temporary, tokenizer, trainer, windows)
+            _write_json(temporary / "recipe.json", recipe.as_dict())
+            _write_json(temporary / "card.json", _card(trainer, held_out))
+            # Temporary folders and safetensors files are private; the result need not be.
+            temporary.chmod(0o755)
+            for path in temporary.iterdir():
+                path.chmod(0o644)
+            _replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _card(trainer: Trainer, held_out: dict[str, Any]) -> dict[str, Any]:
+    recipe = trainer.recipe
+    return {
+        "name": recipe.name,
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "held_out": held_out,
+        "steps": trainer.step,
+        "steps_of_recipe": recipe.steps,
+        "tokens_seen": trainer.step * recipe.batch_size * recipe.sequence_length,
+        "seconds": round(trainer.seconds, 1),
+        "machine": {
+            "device": _device_name(trainer.device),
+            "architecture": platform.machine(),
+            "system": platform.system(),
+            "threads": torch.get_num_threads(),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "isthmus": isthmus.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "tokenizers": tokenizers.__version__,
+        },
+        "corpus": {"name": "pycode", "sha256": trainer.corpus},
+        "data": "Python standard library source, Python Software Foundation License",
+    }
+
+
+def _held_out(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    trainer: Trainer,
+    windows: int | None,
+) -> dict[str, Any]:
+    """Loss of the weights in a folder, computed in float32."""
+    length = trainer.recipe.sequence_length
+    model: nn.Module = build(trainer.recipe, token_id=trainer.end)
+    model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    model.to(trainer.device)
+    texts = pycode.texts("held-out")
+    stream = pack(_encode(tokenizer, texts), end_id(tokenizer))
+    loss = evaluate(model, stream, length, windows)
+    bytes_per_token = sum(len(text.encode()) for text in texts) / (len(stream) - 1)
+    return {
+        "nats_per_token": round(loss, 4),
+        "bits_per_byte": round(loss / math.log(2) / bytes_per_token, 4),
+        "bytes_per_token": round(bytes_per_token, 4),
+        "files": len(texts),
+        "windows": windows or math.ceil((len(stream) - 1) / length),
+        "context": length,
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or "cpu"
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or "cpu"
+
+
+@functools.lru_cache(maxsize=2)
+def _tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """The tokenizer that ships with pycode-t, or, for another size, one that is trained now."""
+    embedded = EMBEDDED / "pycode-t"
+    if (embedded / "tokenizer.json").exists():
+        tokenizer = load_tokenizer(embedded)
+        if len(tokenizer) == vocab_size:
+            return tokenizer
+    return train_tokenizer(pycode.texts("train"), vocab_size)
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerFast, documents: Sequence[str]
+) -> list[NDArray[np.int32]]:
+    """Token ids of documents; a document that occurs twice is encoded once."""
+    distinct = list(dict.fromkeys(documents))
+    # The backend does not warn that a file is longer than the context, which is no concern here.
+    encodings = tokenizer.backend_tokenizer.encode_batch_fast(distinct, add_special_tokens=False)
+    ids = {
+        text: np.array(encoding.ids, dtype=np.int32)
+        for text, encoding in zip(distinct, encodings, strict=True)
+    }
+    return [ids[text] for text in documents]
+
+
+def _is_complete(folder: Path, recipe: Recipe) -> bool:
+    path = folder / "recipe.json"
+    if not path.exists() or not (folder / "model.safetensors").exists():
+        return False
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BrokenFileError(
+            f"{str(path)!r} cannot be read ({error}); delete its folder to train again"
+        ) from error
+    return bool(saved == recipe.as_dict())
+
+
+def _check_replaceable(folder: Path) -> None:
+    if folder.is_dir() and any(folder.iterdir()):
+        ours = {"recipe.json", "tokenizer.json"}
+        if not any((folder / name).exists() for name in ours):
+            raise InvalidInputError(
+                f"{str(folder)!r} holds files that are no reference model; give a new folder"
+            )
+    elif folder.exists() and not folder.is_dir():
+        raise InvalidInputError(f"{str(folder)!r} is a file; give a new folder")
+
+
+def _replace(new: Path, folder: Path) -> None:
+    if folder.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+        folder.rename(old / folder.name)
+        new.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        new.rename(folder)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    """Make a folder, and turn an operating-system refusal inside the block into one line."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise BrokenFileError(
+            f"cannot write to {str(folder)!r} ({error.strerror or error}); "
+            "set ISTHMUS_CACHE, or give another folder that can be written"
+        ) from error
+
+
+@contextmanager
+def _bar(recipe: Recipe, wanted: bool) -> Iterator[Callable[[Progress], None]]:
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("training {task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=console, disable=not (wanted and console.is_terminal)) as bar:
+        task = bar.add_task(recipe.name, total=recipe.steps, loss=math.nan)
+        yield lambda now: bar.update(task, completed=now.step, loss=now.loss)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train a reference model from the command line.
+
+    Args:
+        arguments: Words after the program's name; None takes those of the process.
+
+    Returns:
+        Exit code: 0, 2 for a mistake in the request, 130 after Ctrl-C.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m isthmus.workbench.reference",
+        description="Train a small reference model on the standard library's source.",
+    )
+    parser.add_argument("name", help=f"one of: {', '.join(RECIPES)}")
+    parser.add_argument("--steps", type=int, help="optimiser steps instead of the recipe's")
+    parser.add_argument("--out", type=Path, help="folder to publish in instead of the cache")
+    parser.add_argument("--snapshots", type=Path, help="folder for the unfinished model")
+    parser.add_argument("--snapshot-minutes", type=float, default=10.0)
+    given = parser.parse_args(arguments)
+    console = Console(stderr=True)
+    try:
+        if given.name not in RECIPES:
+            raise UnknownNameError("reference model", given.name, RECIPES)
+        recipe = RECIPES[given.name]
+        if given.steps is not None:
+            if given.steps < 1:
+                raise InvalidInputError(f"--steps is {given.steps}; it must be at least 1")
+            recipe = replace(recipe, steps=given.steps)
+        folder = given.out or cache_dir() / "reference" / f"{recipe.name}-{fingerprint(recipe)}"
+        train(
+            recipe,
+            folder,
+            snapshots=given.snapshots,
+            snapshot_every_s=60.0 * given.snapshot_minutes,
+        )
+    except IsthmusError as error:
+        console.print(f"error: {error}", style=None, markup=False, highlight=False, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command goes on from here", highlight=False)
+        return 128 + signal.SIGINT
+    Console().print(str(folder), markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""The byte-level BPE tokenizer that all `pycode` models share."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+END = "<|endoftext|>"
+
+# Line ends and indentation stand alone: a prompt that ends after a colon, after a newline or after
+# the indentation is then cut where training text is cut too, and continues naturally. Inside a line
+# a word takes one space along.
+_PIECES = (
+    r"\n+"
+    r"|(?<![^\n])[^\S\n]+"
+    r"| ?[\p{L}_]+"
+    r"| ?\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}_]+"
+    r"|[^\S\n]+(?=[^\S\n])"
+    r"|[^\S\n]+"
+)
+
+
+def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Learn a byte-level BPE; every text of any script survives a round trip.
+
+    Args:
+        documents: Training texts.
+        vocab_size: Number of tokens, the 256 bytes and the end-of-text token included.
+
+    Returns:
+        A tokenizer whose one special token ``<|endoftext|>`` (id 0) begins, ends and pads.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PIECES), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        max_token_length=24,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer,
+        bos_token=END,
+        eos_token=END,
+        pad_token=END,
+        clean_up_tokenization_spaces=False,
+        model_max_length=1024,
+    )
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
+    """Load a tokenizer that was saved beside a model.
+
+    Args:
+        directory: Folder with ``tokenizer.json`` and ``tokenizer_config.json``.
+
+    Returns:
+        The tokenizer.
+    """
+    loaded: Any = PreTrainedTokenizerFast.from_pretrained(str(directory))
+    # How it was loaded would otherwise be saved along, and the copy would differ from the original.
+    for key in ("is_local", "local_files_only"):
+        loaded.init_kwargs.pop(key, None)
+    return cast(PreTrainedTokenizerFast, loaded)
+
+
+def end_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Id of the end-of-text token.
+
+    Args:
+        tokenizer: A tokenizer with an end-of-text token.
+
+    Returns:
+        The id.
+    """
+    return int(cast(int, tokenizer.eos_token_id))
