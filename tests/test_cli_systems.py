@@ -1,4 +1,4 @@
-"""The command line: exit codes, one line per error, and nothing but JSON where JSON is asked for."""
+"""The command line: exit codes, one line per error, pure JSON where JSON is asked for."""
 
 import json
 import os
@@ -102,7 +102,7 @@ def test_version() -> None:
         (["bench", "decod"], ["did you mean 'decode'?"]),
         (["systems", "--famly", "speculative"], ["--famly"]),
         (["systems", "--family", "specullative"], ["unknown family 'specullative'"]),
-        (["show"], ["slug"]),
+        (["show"], ["SLUG"]),
         (["show", "no-such-system"], ["unknown system 'no-such-system'"]),
         (["claim"], ["one system"]),
         (["claim", "x", "--all"], ["one system"]),
@@ -265,11 +265,15 @@ def test_an_interrupt_exits_130(systems_root: Path, make_system: MakeSystem) -> 
     make_system("made-up", before="import sys, time; print('begun', flush=True); time.sleep(60)")
     command = [sys.executable, "-c", START, str(systems_root), "claim", "made-up", "--json"]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=systems_root.parent,
     ) as process:
         assert process.stdout is not None and process.stderr is not None
-        while "begun" not in process.stderr.readline():
-            pass
+        assert "a library that talks" in process.stderr.readline()
+        assert "begun" in process.stderr.readline()
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 130
         assert process.stdout.read() == ""

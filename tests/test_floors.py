@@ -15,7 +15,7 @@ from isthmus import registry
 PACKAGE = Path(isthmus.__file__).parent
 
 FLOORS = [
-    ["signals", "nn", "roles", "registry", "errors"],
+    ["signals", "nn", "roles", "registry", "errors", "folders"],
     ["models", "objectives", "metrics"],
     ["training", "decoding", "codecs", "indexes", "lenses", "surgery", "laws"],
     ["workbench", "claims", "testing"],
@@ -34,11 +34,24 @@ def module_parts(path: Path, package: Path) -> list[str]:
     return list(path.relative_to(package).with_suffix("").parts)
 
 
+def for_types(tree: ast.Module) -> Iterator[ast.AST]:
+    """Everything under ``if TYPE_CHECKING:``, which never runs."""
+    for node in tree.body:
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            for statement in node.body:
+                yield from ast.walk(statement)
+
+
 def imports(path: Path, package: Path) -> Iterator[tuple[int, list[str]]]:
     """Line and target of every import of isthmus in a file, wherever in the file it stands."""
     parts = module_parts(path, package)
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    # The grammar names, in its annotations alone, things that floors above it make.
+    spared = set(for_types(tree)) if parts == ["roles"] else set()
+    for node in ast.walk(tree):
         targets: list[str] = []
+        if node in spared:
+            continue
         if isinstance(node, ast.Import):
             targets = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -139,7 +152,9 @@ def test_no_unsafe_files() -> None:
         ("decoding/loop.py", "import isthmus.workbench.pycode as p", "a floor above"),
         ("decoding/loop.py", "from isthmus import load", "a floor above"),
         ("decoding/loop.py", "import importlib\nimportlib.import_module('isthmus.api')", "above"),
-        ("roles.py", "if TYPE_CHECKING:\n    from isthmus.decoding import x", "a floor above"),
+        ("nn/part.py", "if TYPE_CHECKING:\n    from isthmus.decoding import x", "a floor above"),
+        ("roles.py", "from isthmus.decoding import x", "a floor above"),
+        ("roles.py", "if TYPE_CHECKING:\n    from isthmus.decoding import x", None),
         ("systems/a/one.py", "from isthmus.systems.a.two import Two", "another system"),
         ("systems/a/one.py", "from .two import Two", "another system"),
         ("systems/a/one.py", "from isthmus.cli import main", "a floor above"),

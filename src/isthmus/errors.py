@@ -38,11 +38,14 @@ class UnknownNameError(IsthmusError):
         near = difflib.get_close_matches(name, self.known, n=3, cutoff=0.5)
         if near:
             advice = f"did you mean {' or '.join(repr(n) for n in near)}?"
+        elif not self.known:
+            advice = ""
         elif len(self.known) <= 12:
-            advice = f"choose one of: {', '.join(self.known) or '(none)'}"
+            advice = f"choose one of: {', '.join(self.known)}"
         else:
             advice = f"there are {len(self.known)} to choose from"
-        super().__init__(f"unknown {kind} {name!r}; {advice}{' ' + hint if hint else ''}")
+        tail = "; ".join(part for part in (advice, hint) if part)
+        super().__init__(f"unknown {kind} {name!r}{'; ' + tail if tail else ''}")
 
 
 class InvalidInputError(IsthmusError, ValueError):

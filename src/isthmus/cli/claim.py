@@ -68,7 +68,7 @@ def claim(
         try:
             entry = _measure(info, scale, f"{number}/{len(todo)} {info.slug}")
         except IsthmusError as error:
-            if len(todo) == 1:
+            if slug is not None:
                 raise
             print_error(f"{info.slug}: {error}")
             failed[info.slug] = str(error)

@@ -11,6 +11,8 @@ residual that sums to nothing means p and q agree, and then the draw is from p.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from isthmus.decoding.tree import TokenTree
@@ -42,6 +44,8 @@ def match_path(tree: TokenTree, choice: torch.Tensor) -> Verdict:
         The accepted path and the choice at its end.
     """
     topology = tree.topology
+    if tree.batch == 1:
+        return _match_one(tree, choice)
     parent = topology.parent.clamp(min=0).expand_as(tree.tokens)
     agree = tree.tokens == choice.gather(1, parent)
     agree[:, 0] = True
@@ -63,6 +67,22 @@ def match_path(tree: TokenTree, choice: torch.Tensor) -> Verdict:
     return Verdict(path[:, :levels], choice.gather(1, last[:, None])[:, 0])
 
 
+def _match_one(tree: TokenTree, choice: torch.Tensor) -> Verdict:
+    """:func:`match_path` for one row: a short walk costs less than a dozen tensor operations."""
+    tokens, wanted = tree.tokens[0].tolist(), choice[0].tolist()
+    parents = tree.topology.parents_list
+    valid = [True] * tree.nodes if tree.valid is None else tree.valid[0].tolist()
+    path = [0]
+    for node in range(1, tree.nodes):  # children come after their parents
+        parent = parents[node]
+        if parent == path[-1] and valid[node] and tokens[node] == wanted[parent]:
+            path.append(node)
+    device = choice.device
+    return Verdict(
+        torch.tensor([path], device=device), torch.tensor([wanted[path[-1]]], device=device)
+    )
+
+
 class Greedy:
     """The child that equals the target's argmax stands, else the argmax is emitted.
 
@@ -80,7 +100,7 @@ class Greedy:
         """See :class:`isthmus.roles.Acceptance`."""
         processed = context.law.logits(logits, tree, context)
         top = processed.max(-1)
-        if not bool(torch.isfinite(top.values).all()):
+        if not math.isfinite(float(top.values.sum())):
             _check_finite(processed)
         return match_path(tree, top.indices)
 
@@ -88,14 +108,20 @@ class Greedy:
 class Match:
     """Draw the target's token at every node; a child that carries it stands.
 
-    Lossless for any tree that was chosen before the draw, and the best possible acceptance for a
-    fixed set of children: p(children).
+    Lossless for any tree that was chosen before the draw and has unlike siblings, and the best
+    possible acceptance for a fixed set of children: p(children).
+
+    Raises:
+        InvalidInputError: From ``accept``, for siblings drawn with replacement. Equal siblings get
+            a draw each, and the deeper one would be preferred because of its value.
     """
 
     lossless = True
 
     def accept(self, tree: TokenTree, logits: torch.Tensor, context: Context) -> Verdict:
         """See :class:`isthmus.roles.Acceptance`."""
+        if tree.draw == "iid" and not tree.is_chain:
+            raise InvalidInputError("siblings drawn with replacement need Rejection, not Match")
         _check_finite(logits)
         probs = context.law.probs(logits, tree, context)
         flat = probs.reshape(-1, probs.shape[-1])
@@ -128,7 +154,7 @@ class Rejection:
 
     def verify(self, tree: TokenTree, law: torch.Tensor, generator: torch.Generator) -> Verdict:
         """Run the rule on probabilities [B, N, V] in float64."""
-        b, _, v = law.shape
+        b = law.shape[0]
         if tree.nodes == 1 or tree.q is None:
             token = torch.multinomial(law[:, 0], 1, generator=generator)[:, 0]
             return Verdict(torch.zeros(b, 1, dtype=torch.int64, device=law.device), token)
@@ -201,11 +227,11 @@ class Coupled:
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
-        self._noise: dict[tuple[int, int], torch.Tensor] = {}
+        self._noise: dict[tuple[int, int, int], torch.Tensor] = {}
 
     def noise(self, request: int, position: int, vocab: int) -> torch.Tensor:
         """Gumbel noise float32 [V] of the token at a position of a request."""
-        key = (request, position)
+        key = (request, position, vocab)
         if key not in self._noise:
             # a counter-based key: any position can be drawn in any order
             mixed = (self.seed * 1_000_003 + request) * 1_000_003 + position

@@ -17,6 +17,9 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+SLACK = 64
+"""Dead slots that do not yet make compaction worth its copy."""
+
 
 @dataclass(frozen=True)
 class LayerShape:
@@ -141,11 +144,10 @@ class SlotCache:
 
     Attributes:
         used: Slots in use, the same number in every row.
-        pos: Position of each slot, int64 [B, capacity].
-        live: Whether a slot holds a committed token, bool [B, capacity].
+        pos: Position of each slot, int64 [B, capacity]; written only while not dense.
+        live: Whether a slot holds a committed token, bool [B, capacity]; likewise.
         lengths: Committed tokens of each row.
-        dense: Every slot of every row is live and in position order, so no mask is needed for
-            the past.
+        dense: Slot s of every row is live and holds position s, so no mask is needed for the past.
         hub: The same cache as an object of transformers, for ``past_key_values``.
     """
 
@@ -171,6 +173,7 @@ class SlotCache:
         self.used = 0
         self.lengths = [0] * batch
         self.dense = True
+        self.device = device
         self.pos = torch.zeros(batch, capacity, dtype=torch.int64, device=device)
         self.live = torch.zeros(batch, capacity, dtype=torch.bool, device=device)
         self.hub = Cache(layers=[SlotLayer(self, a, i) for a, i in self._place])
@@ -196,45 +199,70 @@ class SlotCache:
 
         The tail begins at slot ``used``; kept nodes move to its front and the rest is forgotten.
         """
-        counts = (path >= 0).sum(1).tolist()
-        width = max(counts)
         start = self.used
-        if width:
-            index = path[:, :width]
-            if self.batch == 1:
-                nodes = index[0].tolist()
-                if nodes != list(range(width)):  # a prefix is in place already
-                    source = index[0] + start
-                    for arena in self.arenas:
-                        arena.move(source, start)
-            else:
-                source = index.clamp(min=0) + start
+        if self.batch == 1:  # no tensor work at all where the path is already in place
+            nodes = [n for n in path[0].tolist() if n >= 0]
+            if nodes != list(range(len(nodes))):
+                source = torch.tensor(nodes, device=self.device) + start
                 for arena in self.arenas:
-                    arena.move_rows(source, start)
-        lengths = torch.tensor(self.lengths, device=self.pos.device)
-        steps = torch.arange(width, device=self.pos.device)
-        self.pos[:, start : start + width] = lengths[:, None] + steps
-        self.live[:, start : start + width] = path[:, :width] >= 0
+                    arena.move(source, start)
+            first, last = self.lengths[0], self.lengths[0] + len(nodes)
+            self.lengths, self.used = [last], start + len(nodes)
+            if not self.dense:
+                self.pos[:, start : self.used] = torch.arange(first, last, device=self.device)
+                self.live[:, start : self.used] = True
+            return
+        kept = path >= 0
+        counts = kept.sum(1).tolist()
+        width = max(counts)
+        if self.dense and min(counts) != width:
+            self._mark()
+        if width:
+            source = path[:, :width].clamp(min=0) + start
+            for arena in self.arenas:
+                arena.move_rows(source, start)
+        if not self.dense:
+            lengths = torch.tensor(self.lengths, device=self.device)
+            steps = torch.arange(width, device=self.device)
+            self.pos[:, start : start + width] = lengths[:, None] + steps
+            self.live[:, start : start + width] = kept[:, :width]
         self.lengths = [n + c for n, c in zip(self.lengths, counts, strict=True)]
         self.used = start + width
-        self.dense = self.dense and min(counts) == width
-        if not self.dense and self.used > 2 * 32 + max(self.lengths) * 4 // 3:
+        if not self.dense and self.used > SLACK + max(self.lengths) * 4 // 3:
             self.compact()
+
+    def _mark(self) -> None:
+        """Leave the dense state: from here on positions and live slots are written down."""
+        self.dense = False
+        self.pos[:, : self.used] = torch.arange(self.used, device=self.device)
+        self.live[:, : self.used] = True
+
+    def slots(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Position [B or 1, S] and liveness [B, S] (None when all are live) of the slots in use."""
+        if self.dense:
+            return torch.arange(self.used, device=self.device)[None], None
+        return self.pos[:, : self.used], self.live[:, : self.used]
 
     def truncate(self, lengths: Sequence[int]) -> None:
         """Forget every slot at or beyond the given position of its row."""
-        limit = torch.tensor(list(lengths), device=self.pos.device)
-        self.lengths = [min(a, b) for a, b in zip(self.lengths, lengths, strict=True)]
+        lower = [min(a, b) for a, b in zip(self.lengths, lengths, strict=True)]
+        if lower == self.lengths:
+            return
+        self.lengths = lower
+        if self.dense and min(lower) == max(lower):
+            self.used = lower[0]
+            return
         if self.dense:
-            self.used = max(self.lengths)
-            self.dense = min(self.lengths) == self.used
-            if self.dense:
-                return
+            self.used = max(lower)
+            self._mark()
+        limit = torch.tensor(lower, device=self.device)
         used = slice(0, self.used)
         self.live[:, used] &= self.pos[:, used] < limit[:, None]
 
     def compact(self) -> None:
         """Move the live slots of each row to the front, in position order."""
+        if self.dense:
+            return
         used = slice(0, self.used)
         key = torch.where(self.live[:, used], self.pos[:, used], self.used + 1)
         width = max(self.lengths)
@@ -250,7 +278,7 @@ class SlotCache:
         """A copy that holds the given rows."""
         index = torch.tensor(list(rows), device=self.pos.device)
         twin = object.__new__(SlotCache)
-        twin.layout, twin._place = self.layout, self._place
+        twin.layout, twin._place, twin.device = self.layout, self._place, self.device
         twin.arenas = [arena.select(index) for arena in self.arenas]
         twin.used, twin.dense = self.used, self.dense
         twin.lengths = [self.lengths[r] for r in rows]

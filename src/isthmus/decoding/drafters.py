@@ -272,7 +272,9 @@ class ModelDrafter:
         """Forget drafted tokens that were not accepted."""
         assert self._session is not None
         known = [n + a for n, a in zip(self._start, step.accepted, strict=True)]
-        self._session.truncate([min(a, b) for a, b in zip(known, self._session.lengths)])
+        self._session.truncate(
+            [min(a, b) for a, b in zip(known, self._session.lengths, strict=True)]
+        )
         self._start = list(step.context.lengths)
 
     def select(self, rows: Sequence[int]) -> None:

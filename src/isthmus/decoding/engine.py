@@ -236,30 +236,32 @@ class _Batch:
     ) -> tuple[list[tuple[int, list[int]]], list[int]]:
         """Cut each row where it ends, roll the cache back to what stands, write the tokens."""
         context = self.context
-        walked = tree.tokens.gather(1, path.clamp(min=0)).tolist()
-        steps, finals = path.tolist(), final.tolist()
+        tokens, steps, finals = tree.tokens.tolist(), path.tolist(), final.tolist()
         drafted = tree.drafted()
-        emitted, accepted, keep = [], [], []
+        emitted, accepted, keep, cut = [], [], [], False
         for b, index in enumerate(context.requests):
             request = self.requests[index]
-            depth = sum(1 for node in steps[b] if node >= 0)
+            walked = [node for node in steps[b] if node >= 0]
+            depth = len(walked)
             accepted.append(depth - 1)
             if request.result.finish_reason:
                 keep.append(0)
+                cut = True
                 continue
-            new = [*walked[b][1:depth], finals[b]]
+            new = [*(tokens[b][node] for node in walked[1:]), finals[b]]
             kept = request.stopper.cut(request.result.tokens, new)
             new = new[:kept]
             n = context.lengths[b]
             context.ids[b, n : n + kept] = torch.tensor(new)
             context.lengths[b] = n + kept
             keep.append(kept)  # the root and all but the last of the new tokens
+            cut = cut or kept < depth
             result = request.result
             result.tokens += new
             result.finish_reason = request.stopper.reason
             self.count(result, tree, b, drafted[b], min(depth - 1, kept), kept, drafter)
             emitted.append((index, new))
-        if keep != [sum(1 for node in row if node >= 0) for row in steps]:
+        if cut:
             width = torch.arange(path.shape[1], device=path.device)
             path = torch.where(width < torch.tensor(keep, device=path.device)[:, None], path, -1)
         self.session.keep(path)

@@ -370,16 +370,11 @@ class SlotSession:
         positions: torch.Tensor | None = None
         plain = cache.dense and tree.is_chain and tree.valid is None
         if not plain or target._takes_positions:
-            start = torch.tensor(cache.lengths, device=target.device)
-            positions = start[:, None] + tree.topology.depth
-            if target.max_length is not None:
-                # only padding nodes and finished rows reach past the end of a position table
-                positions.clamp_(max=target.max_length - 1)
+            positions = self._positions(tree)
         if not plain:
-            mask = self._chain_mask(tree) if target.reach == "chain" else None
-            if mask is None:
-                assert positions is not None
-                mask = self._tree_mask(tree, positions)
+            assert positions is not None
+            chain = target.reach == "chain"
+            mask = self._chain_mask(tree) if chain else self._tree_mask(tree, positions)
         return target.forward(
             tree.tokens,
             positions=positions,
@@ -390,16 +385,29 @@ class SlotSession:
             last_only=last_only,
         )
 
+    def _positions(self, tree: TokenTree) -> torch.Tensor:
+        lengths = self.cache.lengths
+        if self.cache.dense:
+            positions = tree.topology.depth + lengths[0]
+        else:
+            start = torch.tensor(lengths, device=self.target.device)
+            positions = start[:, None] + tree.topology.depth
+        limit = self.target.max_length
+        if limit is not None and max(lengths) + tree.topology.max_depth >= limit:
+            # only padding nodes and finished rows reach past the end of a position table
+            positions = positions.clamp(max=limit - 1)
+        return positions.expand(self.cache.batch, -1)
+
     def _chain_mask(self, tree: TokenTree) -> torch.Tensor:
         """2-D mask [B, S + N] of live slots and valid nodes."""
-        past = self.cache.live[:, : self.cache.used]
-        return torch.cat([past, tree.alive], 1).long()
+        _, live = self.cache.slots()
+        if live is None:
+            live = tree.alive.new_ones(tree.batch, self.cache.used)
+        return torch.cat([live, tree.alive], 1).long()
 
     def _tree_mask(self, tree: TokenTree, positions: torch.Tensor) -> Any:
         cache, target = self.cache, self.target
-        used = slice(0, cache.used)
-        slot_pos = cache.pos[:, used]
-        slot_live = None if cache.dense else cache.live[:, used]
+        slot_pos, slot_live = cache.slots()
 
         def build(window: int | None) -> torch.Tensor:
             return tree_mask(
@@ -416,10 +424,9 @@ class SlotSession:
             return {"full_attention": build(None), "sliding_attention": build(target.window)}
         mask = build(target.window if "sliding" in target.kinds else None)
         if target._relative_bias is not None:
-            slots = torch.cat([slot_pos, positions.expand(cache.batch, -1)], 1)
-            shift = target.bias_shift(positions, slots, cache.used)
-            low = torch.finfo(mask.dtype).min
-            mask = torch.where(mask == 0, shift, torch.full((), low, dtype=mask.dtype))
+            past = slot_pos.expand(cache.batch, -1)
+            shift = target.bias_shift(positions, torch.cat([past, positions], 1), cache.used)
+            mask = torch.where(mask == 0, shift, torch.finfo(mask.dtype).min)
         return mask
 
     def keep(self, path: torch.Tensor) -> None:
@@ -563,7 +570,7 @@ def verified_reach(target: HubTarget) -> Reach:
         target.reach = reach
         try:
             worst = probe_error(target, parents)
-        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError):
+        except (RuntimeError, ValueError, IndexError):
             continue  # the model refuses this route; the next one asks less of it
         if worst <= tolerance(target.dtype):
             return reach

@@ -79,6 +79,24 @@ class Topology:
         self.depth = closure.sum(-1) - 1
         self.max_depth = int(self.depth.max())
 
+    def restrict(self, index: torch.Tensor, parent: torch.Tensor) -> Topology:
+        """The topology of the nodes ``index`` [M], closed under ancestors, with their parents."""
+        small = object.__new__(Topology)
+        small._elsewhere = {}
+        small.parent = parent
+        small.depth = self.depth[:, index]
+        small.ancestors = self.ancestors[:, index][:, :, index]
+        small.max_depth = int(small.depth.max())
+        # rows may differ: one that is a chain does not make chains of the others
+        small.is_chain = bool((small.depth[:, -1] == len(index) - 1).all())
+        return small
+
+    @cached_property
+    def parents_list(self) -> list[int]:
+        """Parents of row 0 as a list, for walks over one row."""
+        parents: list[int] = self.parent[0].tolist()
+        return parents
+
     @classmethod
     def of(cls, parent: Sequence[int]) -> Topology:
         """Build the topology of one row from a list of parents."""
@@ -92,7 +110,7 @@ class Topology:
     @cached_property
     def children(self) -> torch.Tensor:
         """Children of each node in draw order, int64 [R, N, K], padded with -1."""
-        rows, n = self.parent.shape
+        n = self.nodes
         is_child = self.parent[:, None, :] == torch.arange(n, device=self.parent.device)[:, None]
         k = max(1, int(is_child.sum(-1).max()))
         # a stable sort brings the children of each node to the front in index order
@@ -261,20 +279,27 @@ class TokenTree:
             return [self.nodes - 1] * self.batch
         return [int(n) - 1 for n in self.alive.sum(-1).tolist()]
 
-    def prune(self, keep: torch.Tensor) -> TokenTree:
+    def prune(self, keep: torch.Tensor, *, closed: bool = False) -> TokenTree:
         """Drop nodes that no row keeps; ``keep`` bool [B, N] must be closed under ancestors.
+
+        ``closed`` says that it is, and spares the check.
 
         Nodes that only some rows keep stay and are marked as padding in the others.
 
         Raises:
             InvalidInputError: The root or an ancestor of a kept node is dropped.
         """
-        lost = (self.topology.ancestors & ~keep[:, None, :]).any(-1) & keep
-        if bool(lost.any()) or not bool(keep[:, 0].all()):
-            raise InvalidInputError("prune must keep the root and every ancestor of a kept node")
+        if not closed:
+            lost = (self.topology.ancestors & ~keep[:, None, :]).any(-1) & keep
+            if bool(lost.any()) or not bool(keep[:, 0].all()):
+                raise InvalidInputError(
+                    "prune must keep the root and every ancestor of a kept node"
+                )
+        if self.valid is not None:
+            keep = keep & self.alive  # padding stays padding
         column = keep.any(0)
         if bool(column.all()):
-            return self if bool(keep.all()) else replace(self, valid=keep & self.alive)
+            return self if bool(keep.all()) else replace(self, valid=keep)
         index = column.nonzero()[:, 0]
         renumber = torch.cumsum(column, 0) - 1
         old = self.topology.parent[:, index]
@@ -282,7 +307,7 @@ class TokenTree:
         ragged = None if bool(keep[:, index].all()) else keep[:, index]
         return TokenTree(
             self.tokens[:, index],
-            Topology(parent),
+            self.topology.restrict(index, parent),
             ragged,
             self.draw,
             None if self.q is None else self.q[:, index],
@@ -290,15 +315,17 @@ class TokenTree:
 
     def limit(self, *, nodes: int | None = None, depth: int | None = None) -> TokenTree:
         """Keep the first ``nodes`` draft nodes, at most ``depth`` levels below the root."""
+        if (nodes is None or self.nodes - 1 <= nodes) and (
+            depth is None or self.topology.max_depth <= depth
+        ):
+            return self
         column = torch.ones(self.nodes, dtype=torch.bool)
         if nodes is not None and self.nodes - 1 > nodes:
             column[nodes + 1 :] = False
         keep = column.to(self.tokens.device).expand_as(self.tokens)
         if depth is not None and self.topology.max_depth > depth:
             keep = keep & (self.topology.depth <= depth)
-        elif bool(column.all()):
-            return self
-        return self.prune(keep)
+        return self.prune(keep, closed=True)
 
     def first_chain(self) -> TokenTree:
         """The chain of first children: what a target that scores chains only can use.
@@ -342,7 +369,7 @@ class TokenTree:
             return self
         n = self.nodes
         strict = self.topology.ancestors & ~torch.eye(n, dtype=torch.bool, device=ends.device)
-        return self.prune(~(strict & ends[:, None, :]).any(-1))
+        return self.prune(~(strict & ends[:, None, :]).any(-1), closed=True)
 
     def to_ascii(self, names: Sequence[str] | None = None) -> str:
         """Draw row 0 with one node a line.

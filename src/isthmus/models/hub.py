@@ -1,8 +1,7 @@
-"""The adapter to transformers: find, load and pair up checkpoints, with errors that say what to do."""
+"""The adapter to transformers: find, load and pair up checkpoints."""
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from functools import lru_cache
@@ -105,13 +104,15 @@ def load_checkpoint(source: str, *, dtype: str = "auto", device: str = "auto") -
     """
     where = parse_device(device)
     number = parse_dtype(dtype, where)
+    if not Path(source).exists():
+        _check_reachable(source)
     from transformers import AutoConfig
     from transformers.utils import logging
 
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        with _translated(source):
+        with _Translated(source):
             config = AutoConfig.from_pretrained(source)
             model = _auto_class(config).from_pretrained(source, dtype=number)
     finally:
@@ -119,6 +120,27 @@ def load_checkpoint(source: str, *, dtype: str = "auto", device: str = "auto") -
             logging.enable_progress_bar()
     _check_complete(model, source)
     return Checkpoint(model.to(where).eval(), load_tokenizer(source), source)
+
+
+def _check_reachable(source: str) -> None:
+    """Ask the hub once, so that a wrong name answers in seconds and not after five retries.
+
+    Raises:
+        UnknownNameError: Not in the local cache and not on a hub that can be reached.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        if try_to_load_from_cache(source, "config.json") is None:
+            HfApi().model_info(source, timeout=10)
+    except Exception as error:  # transport errors differ from release to release
+        raise UnknownNameError(
+            "model",
+            source,
+            [],
+            hint="it is no folder here and no model on a hub that this machine can reach "
+            f"({type(error).__name__}); give the folder of a checkpoint or a full hub id",
+        ) from error
 
 
 def load_tokenizer(source: str) -> Any:
@@ -149,7 +171,7 @@ def _auto_class(config: Any) -> Any:
     )
 
 
-class _translated:
+class _Translated:
     """Turn the errors of loading into ours, one line each."""
 
     def __init__(self, source: str) -> None:
@@ -164,12 +186,7 @@ class _translated:
         folder = Path(self.source)
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if not folder.exists():
-            raise UnknownNameError(
-                "model",
-                self.source,
-                [],
-                hint="- give a folder with a checkpoint or a hub id that this machine can reach",
-            ) from error
+            raise BrokenFileError(f"{self.source} could not be fetched ({first})") from error
         if not folder.is_dir() or not (folder / "config.json").exists():
             raise BrokenFileError(
                 f"{self.source} holds no config.json; give the folder of a checkpoint"
@@ -207,15 +224,3 @@ def check_same_vocabulary(draft: Any, target: Any) -> None:
             f"the draft model's vocabulary differs from the target's ({len(wrong)} tokens with "
             f"another id or none{example}, {missing} missing); use a draft model of the same family"
         )
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file of ours.
-
-    Raises:
-        BrokenFileError: It is missing or damaged.
-    """
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise BrokenFileError(f"{path} cannot be read ({error})") from error

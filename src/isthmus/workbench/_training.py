@@ -282,8 +282,7 @@ def nats(model: nn.Module, ids: Tensor) -> Tensor:
     Returns:
         Scalar in nats per token.
     """
-    with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.device.type == "cuda"):
-        logits = model(input_ids=ids[:, :-1], use_cache=False).logits  # [B, T, V]
+    logits = model(input_ids=ids[:, :-1], use_cache=False).logits  # [B, T, V]
     return F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
 
 
@@ -416,7 +415,9 @@ class Trainer:
 
     def _train_step(self, ids: Tensor) -> float:
         rate = self.recipe.rate(self.step)
-        loss = nats(self.model, ids)
+        device = self.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            loss = nats(self.model, ids)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(list(self._others.values()), 1.0)
         self._muon.step(self.recipe.muon_lr * rate)

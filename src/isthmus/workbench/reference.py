@@ -185,7 +185,10 @@ def train(
     # Without the number of steps: a run may be made longer or shorter while it lasts.
     unfinished = f"{recipe.name}-{fingerprint(replace(recipe, steps=1))}-{corpus[:12]}"
     state = cache_dir() / "unfinished" / unfinished
-    with _writable(state), FileLock(state.with_name(f"{unfinished}.lock")):
+    lock = FileLock(state.with_name(f"{unfinished}.lock"))
+    with _writable(state):
+        lock.acquire()
+    try:
         if _is_complete(folder, recipe):  # Made by another process while this one waited.
             return
         tokenizer = _tokenizer(recipe.vocab_size)
@@ -210,6 +213,8 @@ def train(
             trainer.run(report)
         export(trainer, tokenizer, folder, held_out_windows)
         shutil.rmtree(state, ignore_errors=True)
+    finally:
+        lock.release()
 
 
 def export(

@@ -135,8 +135,7 @@ class TokenRecycling:
         if self.store is None or not self.settings.keep or len(self.store.table) != size:
             self.store = AdjacencyStore(size, self.settings.k)
             if not self.settings.recycle:
-                table = self.store.table
-                table[:] = np.random.default_rng(0).integers(0, size, table.shape)
+                self.store.table[:] = _random_rows(*self.store.table.shape)
         if self.settings.prefill_update and self.settings.recycle and target.reach != "step":
             for b in range(context.batch):
                 ids = context.row(b)[:-1]
@@ -148,20 +147,22 @@ class TokenRecycling:
                     self.store.update_from_logits(ids, session.score(tree).logits[0])
 
     def propose(self, context: Context, shape: Shape) -> TokenTree:
-        """Fill the template from the table; empty cells and repeated siblings are left out."""
+        """Fill the template from the table; empty cells are left out.
+
+        Siblings differ because the target's top-k are unlike tokens.
+        """
         assert self.store is not None
         nodes = min(shape.nodes, self.settings.nodes)
-        if shape.width == 1:
-            nodes = shape.depth  # only the line of first successors is of use
-        plan = _line(nodes) if shape.width == 1 else template(nodes, self.store.table.shape[1])
+        if shape.width == 1:  # only the line of first successors is of use
+            plan = _line(min(nodes, shape.depth))
+        else:
+            plan = template(nodes, min(shape.width, self.store.table.shape[1]))
         tokens = self.store.fill(context.roots().numpy(), plan.parents, plan.ranks, plan.levels)
-        keep = (tokens != EMPTY) & ~_repeated(tokens, plan)
+        known = tokens != EMPTY  # nothing is known below an empty cell
+        if known.all():
+            return TokenTree(torch.from_numpy(tokens), plan.topology).limit(depth=shape.depth)
         tree = TokenTree(torch.from_numpy(np.maximum(tokens, 0)), plan.topology)
-        if keep.all():
-            return tree
-        for level in plan.levels:  # what stands below a dropped node goes too
-            keep[:, level] &= keep[:, plan.parents[level]]
-        return tree.prune(torch.from_numpy(keep))
+        return tree.prune(torch.from_numpy(known), closed=True).limit(depth=shape.depth)
 
     def observe(self, step: Step) -> None:
         """Every scored node, rejected ones too, renews its token's row."""
@@ -178,27 +179,18 @@ class TokenRecycling:
         """The table is shared by the rows of a batch; nothing to do."""
 
 
+def _random_rows(vocab_size: int, k: int) -> np.ndarray[Any, Any]:
+    """A table of k unlike random successors a token: the control of the claim."""
+    steps = np.random.default_rng(0).integers(1, max(2, vocab_size // k), (vocab_size, k))
+    return np.cumsum(steps, 1) % vocab_size
+
+
 @lru_cache(maxsize=64)
 def _line(nodes: int) -> Template:
     """The chain of first successors, for targets that score chains only."""
     parents = np.arange(-1, nodes)
     levels = tuple(np.array([i]) for i in range(1, nodes + 1))
     return Template(parents, np.zeros(nodes + 1, dtype=np.int64), levels, chain_topology(nodes + 1))
-
-
-def _repeated(tokens: np.ndarray[Any, Any], plan: Template) -> np.ndarray[Any, Any]:
-    """Nodes whose token an earlier sibling already carries, bool [B, N].
-
-    Rows written by the target hold k unlike tokens; only a table of other origin can repeat.
-    """
-    pair = plan.parents * np.int64(2**32) + tokens
-    order = np.argsort(pair, axis=1, kind="stable")
-    ranked = np.take_along_axis(pair, order, 1)
-    same = np.zeros_like(tokens, dtype=bool)
-    same[:, 1:] = ranked[:, 1:] == ranked[:, :-1]
-    out = np.zeros_like(same)
-    np.put_along_axis(out, order, same, 1)
-    return out
 
 
 def claim(ruler: Ruler, scale: str = "small") -> Claim:

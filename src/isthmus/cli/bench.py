@@ -1,0 +1,122 @@
+"""``isthmus bench decode``: isthmus beside transformers' own generation, in one run."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from isthmus.cli.output import console, print_json
+from isthmus.errors import InvalidInputError
+
+
+def decode(
+    *,
+    model: Annotated[str, Parameter(name=["--model", "-m"])] = "",
+    draft_model: str = "",
+    methods: tuple[str, ...] = (),
+    prompts: int = 8,
+    prompt_tokens: int = 96,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    repeats: int = 5,
+    dtype: str = "auto",
+    device: str = "auto",
+    json: bool = False,
+) -> int:
+    """Compare decoding methods on one model and the same held-out code prompts, interleaved.
+
+    The first method is the baseline, by default transformers' own greedy generation.
+
+    Args:
+        model: Folder or hub id of a checkpoint, or a reference model; default the embedded one.
+        draft_model: Smaller model with the same vocabulary; adds speculative-sampling and
+            transformers' assisted generation.
+        methods: Methods to compare; give several times. Default: all that apply.
+        prompts: Number of prompts, from held-out files of Python's standard library.
+        prompt_tokens: Length of each prompt.
+        max_new_tokens: Tokens to write for each; end tokens are ignored.
+        temperature: 0 is greedy.
+        repeats: Timed repeats after one warm-up; medians are shown.
+        dtype: auto, float32, bfloat16, float16 or float64.
+        device: auto, cpu, cuda ...
+        json: Print one JSON object and nothing else on standard output.
+    """
+    if prompts < 1 or repeats < 1 or max_new_tokens < 1:
+        raise InvalidInputError("prompts, repeats and max-new-tokens must be at least 1")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    from isthmus.api import load
+    from isthmus.claims import Provenance, Ruler
+    from isthmus.workbench import pycode
+    from isthmus.workbench.bench import PEERS, bench
+
+    loaded = load(model, dtype=dtype, device=device, draft_model=draft_model)
+    if loaded.tokenizer is None:
+        raise InvalidInputError("the bench writes code prompts and needs a model with a tokenizer")
+    chosen = list(methods) or [
+        *(p for p in PEERS if p != PEERS[2] or draft_model),
+        "none",
+        "prompt-lookup",
+        "token-recycling",
+        *(["speculative-sampling"] if draft_model else []),
+        "auto",
+    ]
+    ids = pycode.prompts(prompts, loaded.tokenizer, prompt_tokens)
+    screen = console(stderr=True)
+    with screen.status("") as status:
+
+        def tell(name: str, done: int, total: int) -> None:
+            status.update(f"{done}/{total} {name}")
+
+        rows = bench(
+            loaded,
+            ids,
+            chosen,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            repeats=repeats,
+            ruler=Ruler(progress=tell),
+        )
+    number = str(loaded.target.dtype).removeprefix("torch.")
+    if json:
+        print_json(
+            {
+                "model": model or "embedded",
+                "dtype": number,
+                "device": str(loaded.target.device),
+                "max_new_tokens": max_new_tokens,
+                "temperature": temperature,
+                "repeats": repeats,
+                "methods": [r.to_dict() for r in rows],
+                "provenance": vars(Provenance.gather()),
+            }
+        )
+        return 0
+    from rich.table import Table
+
+    table = Table(
+        title=f"{model or 'embedded model'}, {number}, {prompts} prompts, T = {temperature:g}"
+    )
+    for heading in (
+        "method",
+        "tokens/s",
+        "speed-up",
+        "acceptance length",
+        "forwards",
+        "same output",
+    ):
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    for row in rows:
+        length = row.acceptance_length
+        table.add_row(
+            row.name,
+            f"{row.tokens_per_s:.1f}",
+            str(row.speedup),
+            "" if length is None else f"{length:.2f}",
+            str(row.forwards),
+            f"{row.same}/{prompts}" if temperature == 0 else "sampled",
+        )
+    console().print(table)
+    return 0

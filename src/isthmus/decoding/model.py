@@ -1,0 +1,355 @@
+"""A model with its tokenizer, ready to decode: what :func:`isthmus.load` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from isthmus import registry
+from isthmus.decoding.acceptance import Lossless
+from isthmus.decoding.cost import cost
+from isthmus.decoding.drafters import ModelDrafter, PromptLookup
+from isthmus.decoding.engine import Request, decode
+from isthmus.decoding.exact import ExactTarget
+from isthmus.decoding.generation import Generation
+from isthmus.decoding.law import Law
+from isthmus.decoding.policy import Auto, Fixed
+from isthmus.decoding.stopping import Detokenizer, Stopper
+from isthmus.decoding.target import HubTarget
+from isthmus.errors import InvalidInputError, UnknownNameError
+from isthmus.roles import Acceptance, Policy, Shape
+
+BUILT_IN = ("none", "auto", "prompt-lookup")
+
+
+def drafters() -> list[str]:
+    """Names that ``drafter=`` takes."""
+    return [*BUILT_IN, *(s.slug for s in registry.systems("speculative"))]
+
+
+class Model:
+    """A model with its tokenizer, ready to decode.
+
+    Args:
+        model: A model of transformers in eval mode.
+        tokenizer: Its tokenizer, or None to work with token ids.
+        draft_model: A draft model with the same vocabulary, or None.
+        exact: See :func:`load`.
+
+    Attributes:
+        target: The model as the engine sees it.
+        tokenizer: As given.
+        draft_model: As given, as a target.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any = None, *, draft_model: Any = None, exact: bool = False
+    ) -> None:
+        self.target = ExactTarget(model) if exact else HubTarget(model)
+        self.tokenizer = tokenizer
+        self.draft_model = None if draft_model is None else HubTarget(draft_model)
+        self._policies: dict[str, Policy] = {}
+
+    def generate(
+        self,
+        prompt: str | torch.Tensor | Sequence[Any],
+        *,
+        max_new_tokens: int = 128,
+        drafter: str | Policy = "auto",
+        num_draft_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        seed: int | None = None,
+        law: Law | None = None,
+        acceptance: Acceptance | None = None,
+        trace: bool = False,
+        ignore_end: bool = False,
+        inputs: dict[str, Any] | None = None,
+        **sampling: Any,
+    ) -> Any:
+        """Decode one prompt or a batch.
+
+        Args:
+            prompt: Text, token ids int64 [T], or a list of either for a batch. For
+                encoder-decoder models this is the source; see ``inputs``.
+            max_new_tokens: Budget.
+            drafter: ``"auto"``, ``"none"``, ``"prompt-lookup"``, a system's slug, or a policy.
+            num_draft_tokens: Draft nodes a round, where the drafter takes a number.
+            stop: Strings that end the answer; the text is cut before them.
+            seed: Seed of every random draw.
+            law: A complete law, instead of ``sampling``.
+            acceptance: Another acceptance rule than the exact one for what is at hand.
+            trace: Keep the drafted tokens of every round.
+            ignore_end: Do not stop at end tokens, for measurements.
+            inputs: Encoder inputs of encoder-decoder models, as the model takes them, instead of
+                ``prompt`` (for example ``input_features``); then ``prompt`` holds the decoder's
+                start tokens and may be empty.
+            sampling: ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty``,
+                ``processors``; see :class:`isthmus.decoding.law.Law`.
+
+        Returns:
+            A :class:`~isthmus.decoding.generation.Generation`, or a list of them for a batch.
+
+        Raises:
+            IsthmusError: Bad input; the message says what to do.
+        """
+        many = isinstance(prompt, (list, tuple)) and not _is_ids(prompt)
+        job = self._job(
+            list(prompt) if many else [prompt],
+            max_new_tokens=max_new_tokens,
+            drafter=drafter,
+            num_draft_tokens=num_draft_tokens,
+            stop=stop,
+            seed=seed,
+            law=law or Law(**sampling),
+            acceptance=acceptance,
+            trace=trace,
+            ignore_end=ignore_end,
+            inputs=inputs,
+        )
+        try:
+            for _ in job.rounds:
+                pass
+        except KeyboardInterrupt:
+            for request in job.requests:
+                request.result.finish_reason = request.result.finish_reason or "interrupted"
+                self._finish(request)
+            error = KeyboardInterrupt()
+            error.partial = [r.result for r in job.requests]  # type: ignore[attr-defined]
+            raise error from None
+        for request in job.requests:
+            self._finish(request)
+        results = [r.result for r in job.requests]
+        return results if many else results[0]
+
+    def stream(self, prompt: str | torch.Tensor, **options: Any) -> Iterator[str]:
+        """Decode one prompt and yield text as it is accepted.
+
+        Args:
+            prompt: Text or token ids int64 [T].
+            options: As for :meth:`generate`.
+
+        Yields:
+            New text, never taken back. The generator's return value is the
+            :class:`~isthmus.decoding.generation.Generation`.
+        """
+        names = (
+            "max_new_tokens",
+            "drafter",
+            "num_draft_tokens",
+            "stop",
+            "seed",
+            "law",
+            "acceptance",
+            "trace",
+            "ignore_end",
+            "inputs",
+        )
+        own = {k: options.pop(k) for k in names if k in options}
+        own["law"] = own.get("law") or Law(**options)
+        job = self._job([prompt], **own)
+        result = job.requests[0].result
+        stopper = job.requests[0].stopper
+        if self.tokenizer is None:
+            raise InvalidInputError("streaming text needs a tokenizer; use generate for token ids")
+        detokenizer = Detokenizer(self.tokenizer)
+        shown = 0
+        hold = max((len(s) for s in stopper.stop), default=1) - 1
+        try:
+            for emitted in job.rounds:
+                for _, tokens in emitted:
+                    detokenizer.push(tokens, last=bool(result.finish_reason))
+                if result.finish_reason:
+                    break
+                ready = max(shown, len(detokenizer.text) - hold)
+                if ready > shown:
+                    yield detokenizer.text[shown:ready]
+                    shown = ready
+        finally:
+            result.finish_reason = result.finish_reason or "interrupted"
+            self._finish(job.requests[0])
+            self.last = result
+        if len(result.text) > shown:
+            yield result.text[shown:]
+        return result  # a generator's return value is the natural place for it
+
+    def policy(self, name: str | Policy, num_draft_tokens: int | None = None) -> Policy:
+        """The policy behind a drafter's name; ``auto`` keeps what it learned between calls.
+
+        Raises:
+            UnknownNameError: No such drafter.
+            InvalidInputError: The drafter needs a draft model and there is none.
+        """
+        if not isinstance(name, str):
+            return name
+        if num_draft_tokens is not None and num_draft_tokens < 0:
+            raise InvalidInputError(f"num_draft_tokens must be 0 or more, got {num_draft_tokens}")
+        n = num_draft_tokens
+        if name == "none":
+            return Fixed()
+        if name == "prompt-lookup":
+            return Fixed(PromptLookup(), Shape(10 if n is None else n, 10 if n is None else n, 1))
+        if name == "auto":
+            if name not in self._policies:
+                self._policies[name] = self._auto()
+            return self._policies[name]
+        if name not in drafters():
+            raise UnknownNameError("drafter", name, drafters())
+        system = registry.load(name)
+        if getattr(system, "role", "") != "drafter":
+            raise InvalidInputError(f"{name} is a system but no drafter; see `isthmus systems`")
+        drafter = self._build(system, name)
+        shape = drafter.default_shape
+        if n is not None:
+            shape = Shape(n, min(n, max(shape.depth, n if shape.width == 1 else 0)), shape.width)
+        return Fixed(drafter, shape)
+
+    def _build(self, system: Any, name: str) -> Any:
+        if issubclass(system, ModelDrafter):
+            if self.draft_model is None:
+                raise InvalidInputError(
+                    f"{name} needs a draft model; give one with --draft-model (the embedded model "
+                    "has 'pycode-s')"
+                )
+            return system(self.draft_model)
+        return system()
+
+    def _auto(self) -> Policy:
+        if self.target.reach == "step":
+            return Fixed()
+        recycling = registry.load("token-recycling")
+        module = registry.load_module(registry.find("token-recycling"))
+        candidates: list[Any] = [PromptLookup(), recycling(module.Settings(keep=True))]
+        if self.draft_model is not None:
+            candidates.append(registry.load("speculative-sampling")(self.draft_model))
+        return Auto(candidates, cost(self.target))
+
+    def encode(self, prompt: str | torch.Tensor | Sequence[int]) -> torch.Tensor:
+        """Token ids int64 [T] of a prompt, as the tokenizer would feed its model.
+
+        Raises:
+            InvalidInputError: Empty text, or text without a tokenizer.
+        """
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise InvalidInputError(
+                    "this checkpoint has no tokenizer; give token ids instead of text"
+                )
+            if not prompt:
+                raise InvalidInputError("the prompt is empty; give some text to continue")
+            ids = self.tokenizer(prompt, return_tensors="pt").input_ids[0]
+        else:
+            ids = torch.as_tensor(prompt, dtype=torch.int64).flatten()
+        if len(ids) == 0:
+            raise InvalidInputError("the prompt is empty; give at least one token")
+        if int(ids.max()) >= self.target.vocab_size or int(ids.min()) < 0:
+            raise InvalidInputError(
+                f"the prompt holds token ids outside the vocabulary of {self.target.vocab_size}"
+            )
+        return ids.cpu()
+
+    def _job(
+        self,
+        prompts: list[Any],
+        *,
+        max_new_tokens: int = 128,
+        drafter: str | Policy = "auto",
+        num_draft_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        seed: int | None = None,
+        law: Law,
+        acceptance: Acceptance | None = None,
+        trace: bool = False,
+        ignore_end: bool = False,
+        inputs: dict[str, Any] | None = None,
+    ) -> _Job:
+        if max_new_tokens < 1:
+            raise InvalidInputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        policy = self.policy(drafter, num_draft_tokens)
+        starts, inputs = self._sources(prompts, inputs)
+        ends = [] if ignore_end else as_list(self.target.model.generation_config.eos_token_id)
+        requests = []
+        for start in starts:
+            stopper = Stopper(
+                max_new_tokens=max_new_tokens,
+                end_tokens=ends,
+                stop=[stop] if isinstance(stop, str) else stop,
+                tokenizer=self.tokenizer,
+            )
+            result = Generation(drafter=drafter if isinstance(drafter, str) else "custom")
+            if self.target.reach == "step" and drafter != "none":
+                name = type(self.target.model).__name__
+                result.notes.append(f"{name} is exact one token at a time only; nothing is drafted")
+            requests.append(Request(start, stopper, result))
+        device = self.target.device
+        generator = torch.Generator(device)
+        if seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(seed)
+        rounds = decode(
+            self.target,
+            requests,
+            policy=policy,
+            acceptance=acceptance or Lossless(),
+            law=law,
+            generator=generator,
+            inputs=inputs,
+            trace=trace,
+        )
+        return _Job(requests, rounds)
+
+    def _sources(
+        self, prompts: list[Any], inputs: dict[str, Any] | None
+    ) -> tuple[list[torch.Tensor], dict[str, Any] | None]:
+        """Decoder start tokens and encoder inputs of each prompt."""
+        if not self.target.encoder_decoder:
+            if inputs:
+                raise InvalidInputError("only encoder-decoder models take encoder inputs")
+            return [self.encode(p) for p in prompts], None
+        if self.target.start_token is None:
+            raise InvalidInputError(
+                "this encoder-decoder model has no decoder_start_token_id in its generation "
+                "config; set it before loading"
+            )
+        start = torch.tensor([self.target.start_token])
+        if inputs is not None:
+            rows = next(v.shape[0] for v in inputs.values() if torch.is_tensor(v))
+            given = [p for p in prompts if not (isinstance(p, str) and not p) and p is not None]
+            starts = [self.encode(p) for p in given] if given else [start] * rows
+            return starts, {
+                k: v.to(self.target.device) if torch.is_tensor(v) else v for k, v in inputs.items()
+            }
+        sources = [self.encode(p) for p in prompts]
+        width = max(len(s) for s in sources)
+        pad = self.target.model.config.pad_token_id or 0
+        padded = [torch.nn.functional.pad(s, (0, width - len(s)), value=pad) for s in sources]
+        mask = torch.stack([torch.arange(width) < len(s) for s in sources]).long()
+        return [start] * len(sources), {
+            "input_ids": torch.stack(padded).to(self.target.device),
+            "attention_mask": mask.to(self.target.device),
+        }
+
+    def _finish(self, request: Request) -> None:
+        result = request.result
+        if request.stopper.text is not None:
+            result.text = request.stopper.text
+        elif self.tokenizer is not None:
+            result.text = self.tokenizer.decode(result.tokens, skip_special_tokens=True)
+
+
+class _Job:
+    def __init__(self, requests: list[Request], rounds: Iterator[Any]) -> None:
+        self.requests, self.rounds = requests, rounds
+
+
+def _is_ids(prompt: Sequence[Any]) -> bool:
+    return len(prompt) == 0 or isinstance(prompt[0], int)
+
+
+def as_list(ends: Any) -> list[int]:
+    """Token ids of a config field that holds one, several or none."""
+    if ends is None:
+        return []
+    return [int(e) for e in ends] if isinstance(ends, (list, tuple)) else [int(ends)]

@@ -1,0 +1,19 @@
+"""Contract checks for whoever writes a part: each raises AssertionError and says what broke."""
+
+from isthmus.testing.acceptances import check_acceptance, emitted_laws
+from isthmus.testing.drafters import check_drafter, check_tree
+from isthmus.testing.policies import check_policy
+from isthmus.testing.statistics import StringTest, goodness_of_fit, string_test
+from isthmus.testing.targets import check_target
+
+__all__ = [
+    "StringTest",
+    "check_acceptance",
+    "check_drafter",
+    "check_policy",
+    "check_target",
+    "check_tree",
+    "emitted_laws",
+    "goodness_of_fit",
+    "string_test",
+]

@@ -1,0 +1,190 @@
+"""One bench for decoding methods: same model, same prompts, interleaved, outputs compared.
+
+Every method of isthmus and of transformers decodes the same prompts in turn on one clock
+(:class:`isthmus.claims.Ruler`). Token counts come from the token ids, never from decoded text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from isthmus.claims import Ratio, Ruler, ratio
+from isthmus.decoding.model import Model
+from isthmus.errors import UnknownNameError
+
+PEERS = ("transformers", "transformers prompt lookup", "transformers assisted")
+"""What transformers itself offers for the same job."""
+
+
+@dataclass
+class Contestant:
+    """What one method did over all prompts.
+
+    Attributes:
+        name: The method.
+        tokens: New tokens of each prompt, of the last run.
+        forwards: Target forwards after the prefill; None where the peer does not say.
+        drafted: Draft tokens scored.
+        median_s: Seconds over all prompts, median of the repeats.
+        speedup: Against the first contestant, paired by repeat.
+        same: Prompts whose output equals the first contestant's.
+        overhead: Share of the time outside target and drafter; None for peers.
+    """
+
+    name: str
+    tokens: list[list[int]] = field(default_factory=list)
+    forwards: int | None = None
+    drafted: int | None = None
+    median_s: float = 0.0
+    speedup: Ratio = field(default_factory=lambda: Ratio(1.0, 1.0, 1.0))
+    same: int = 0
+    overhead: float | None = None
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens emitted over all prompts."""
+        return sum(len(t) for t in self.tokens)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens per second, prefill included."""
+        return self.new_tokens / max(self.median_s, 1e-9)
+
+    @property
+    def acceptance_length(self) -> float | None:
+        """Tokens per target forward."""
+        return None if self.forwards is None else self.new_tokens / max(1, self.forwards)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        length = self.acceptance_length
+        return {
+            "method": self.name,
+            "new_tokens": self.new_tokens,
+            "tokens_per_s": round(self.tokens_per_s, 2),
+            "median_s": round(self.median_s, 4),
+            "speedup": round(self.speedup.median, 3),
+            "speedup_low": round(self.speedup.low, 3),
+            "speedup_high": round(self.speedup.high, 3),
+            "acceptance_length": None if length is None else round(length, 3),
+            "target_forwards": self.forwards,
+            "drafted": self.drafted,
+            "same_output": self.same,
+            "prompts": len(self.tokens),
+            "overhead": None if self.overhead is None else round(self.overhead, 4),
+        }
+
+
+def bench(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    methods: Sequence[str],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    repeats: int = 5,
+    ruler: Ruler | None = None,
+) -> list[Contestant]:
+    """Decode the same prompts with several methods, interleaved.
+
+    Args:
+        model: The model, and its draft model where a method needs one.
+        prompts: Token ids of each prompt.
+        methods: Names of drafters, and of :data:`PEERS`; the first is what the others are
+            compared with.
+        max_new_tokens: Tokens of each prompt; end tokens are ignored so that all do equal work.
+        temperature: 0 is greedy; otherwise outputs are not compared.
+        repeats: Timed repeats after one warm-up.
+        ruler: The clock.
+
+    Raises:
+        UnknownNameError: No such method.
+    """
+    ids = [torch.tensor([list(p)], dtype=torch.int64) for p in prompts]
+    contestants = {name: Contestant(name) for name in methods}
+    runs = {
+        name: _run(model, contestants[name], ids, max_new_tokens, temperature) for name in methods
+    }
+    timings = (ruler or Ruler()).compare(runs, repeats=repeats)
+    first = contestants[methods[0]]
+    for name, contestant in contestants.items():
+        contestant.median_s = timings[name].median_s
+        contestant.speedup = ratio(timings[methods[0]], timings[name])
+        pairs = zip(contestant.tokens, first.tokens, strict=True)
+        contestant.same = sum(a == b for a, b in pairs)
+    return list(contestants.values())
+
+
+def _run(
+    model: Model, out: Contestant, ids: list[torch.Tensor], budget: int, temperature: float
+) -> Callable[[], None]:
+    if out.name in PEERS:
+        return _run_peer(model, out, ids, budget, temperature)
+    policy = model.policy(out.name)
+
+    def run() -> None:
+        results = [
+            model.generate(
+                prompt[0],
+                max_new_tokens=budget,
+                drafter=policy,
+                temperature=temperature,
+                ignore_end=True,
+                seed=0,
+            )
+            for prompt in ids
+        ]
+        out.tokens = [r.tokens for r in results]
+        out.forwards = sum(r.stats.target_forwards for r in results)
+        out.drafted = sum(r.stats.drafted for r in results)
+        seconds = sum(r.stats.seconds for r in results)
+        out.overhead = sum(r.stats.overhead * r.stats.seconds for r in results) / seconds
+
+    return run
+
+
+def _run_peer(
+    model: Model, out: Contestant, ids: list[torch.Tensor], budget: int, temperature: float
+) -> Callable[[], None]:
+    hub = model.target.model
+    options: dict[str, Any] = {
+        "max_new_tokens": budget,
+        "do_sample": temperature > 0,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
+    if temperature > 0:
+        options |= {"temperature": temperature, "top_k": 0}
+    if out.name == "transformers prompt lookup":
+        options["prompt_lookup_num_tokens"] = 10
+    elif out.name == "transformers assisted":
+        if model.draft_model is None:
+            raise UnknownNameError("method", out.name, [], hint="- it needs a draft model")
+        options["assistant_model"] = model.draft_model.model
+
+    def run() -> None:
+        calls = 0
+
+        def count(module: Any, args: Any, output: Any) -> None:
+            nonlocal calls
+            calls += 1
+
+        handle = hub.register_forward_hook(count)
+        try:
+            torch.manual_seed(0)
+            rows = [
+                hub.generate(
+                    prompt.to(hub.device), attention_mask=torch.ones_like(prompt), **options
+                )
+                for prompt in ids
+            ]
+        finally:
+            handle.remove()
+        out.forwards = calls
+        out.tokens = [r[0, p.shape[1] :].tolist() for r, p in zip(rows, ids, strict=True)]
+
+    return run
