@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -67,16 +66,22 @@ def test_help_is_instant_and_imports_nothing_heavy() -> None:
         "import sys; from isthmus.cli.main import main; main(['--help']);"
         "sys.exit(not {'torch', 'transformers', 'numpy'}.isdisjoint(sys.modules))"
     )
-    durations = []
+    costs_s = []
     for _ in range(4):
-        start = time.perf_counter()
+        before = os.times()
         shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        durations.append(time.perf_counter() - start)
+        after = os.times()
         assert shown.returncode == 0, shown.stderr
         for name in ("generate", "systems", "show", "claim", "bench"):
             assert name in shown.stdout
-    # The best run tells about the program; the others about what else the machine does.
-    assert min(durations) < 0.35
+        costs_s.append(
+            after.children_user
+            - before.children_user
+            + after.children_system
+            - before.children_system
+        )
+    # Processor time, and the best run: neither tells what else the machine is doing.
+    assert min(costs_s) < 0.35
 
 
 def test_listing_and_errors_import_nothing_heavy() -> None:
@@ -223,11 +228,15 @@ def test_claim_all_resumes_and_survives_a_failing_system(
         """,
     )
     make_system("c", "codecs")
+    make_system("d", before="raise ZeroDivisionError('oops')")
     words = ["claim", "--all", "--json", "--ledger", "l.json"]
     code, out, err = run(words, capsys)
     assert code == 2
     assert "error: b: no data here" in err
-    assert json.loads(out)["failed"] == {"b": "no data here"}
+    assert json.loads(out)["failed"] == {
+        "b": "no data here",
+        "d": "bug: ZeroDivisionError('oops')",
+    }
     assert list(Ledger("l.json").read()) == ["a", "c"]
     code, out, _ = run([*words, "--resume"], capsys)
     assert code == 2

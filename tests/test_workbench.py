@@ -279,9 +279,18 @@ def test_ctrl_c_saves_after_the_step_and_the_run_goes_on(tmp_path):
 
 
 def test_length_can_change_before_the_rate_falls(tmp_path):
+    longer = replace(TINY, steps=12, decay_share=0.4)
+    whole = trainer(tmp_path / "whole", longer)
+    whole.run()
     trainer(tmp_path).run(stop_at=4)
-    run = trainer(tmp_path, replace(TINY, steps=12))
+    run = trainer(tmp_path, longer)
     assert run.step == 4
+    run.run()
+    assert_identical(weights(whole), weights(run))
+
+
+def test_length_cannot_change_after_that(tmp_path):
+    trainer(tmp_path).run(stop_at=4)
     with pytest.raises(MismatchError, match="another recipe"):
         trainer(tmp_path, replace(TINY, steps=5))
 

@@ -574,8 +574,8 @@ def number(value: float | None) -> str:
     Returns:
         The digits, or a dash.
 
-    >>> number(1234567.0), number(0.012345), number(3), number(None)
-    ('1,234,567', '0.01234', '3', '-')
+    >>> number(1234567.0), number(0.0123456), number(3), number(None)
+    ('1,234,567', '0.01235', '3', '-')
     """
     if value is None:
         return "-"

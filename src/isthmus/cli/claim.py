@@ -67,11 +67,12 @@ def claim(
     for number, info in enumerate(todo, start=1):
         try:
             entry = _measure(info, scale, f"{number}/{len(todo)} {info.slug}")
-        except IsthmusError as error:
+        except Exception as error:
+            # One system's bug must not end a run over many; alone, it shows its traceback.
             if slug is not None:
                 raise
-            print_error(f"{info.slug}: {error}")
-            failed[info.slug] = str(error)
+            failed[info.slug] = str(error) if isinstance(error, IsthmusError) else f"bug: {error!r}"
+            print_error(f"{info.slug}: {failed[info.slug]}")
             continue
         if book is not None:
             entry = book.record(entry.claim, entry.provenance)

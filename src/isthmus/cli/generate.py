@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -64,7 +64,7 @@ def generate(
     from isthmus.api import load
 
     loaded = load(model, dtype=dtype, device=device, draft_model=draft_model, exact=exact)
-    options = {
+    options: dict[str, Any] = {
         "drafter": drafter,
         "num_draft_tokens": num_draft_tokens,
         "max_new_tokens": max_new_tokens,
@@ -76,15 +76,14 @@ def generate(
         "stop": list(stop),
         "seed": seed,
     }
-    pieces = loaded.stream(text, **options)
-    code = 0
+    shown, code = 0, 0
     try:
-        for piece in pieces:
+        for piece in loaded.stream(text, **options):
             if not json:
                 sys.stdout.write(piece)
                 sys.stdout.flush()
+                shown += len(piece)
     except KeyboardInterrupt:
-        pieces.close()
         code = 130
     result = loaded.last
     if json:
@@ -98,6 +97,7 @@ def generate(
             }
         )
         return code
+    sys.stdout.write(result.text[shown:])  # what an interrupt kept back
     if not result.text.endswith("\n"):
         sys.stdout.write("\n")
     sys.stdout.flush()

@@ -94,7 +94,7 @@ class Arena:
         return twin
 
 
-class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers ships no types for it
+class SlotLayer(CacheLayerMixin):
     """One layer's window onto an :class:`Arena`, as transformers' cache interface wants it."""
 
     is_sliding = False

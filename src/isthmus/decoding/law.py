@@ -123,7 +123,8 @@ class Law:
         prefixes: list[tuple[torch.Tensor, torch.Tensor]] | None = None
         for processor in self.processors:
             if isinstance(processor, ROW_WISE):
-                flat = processor(tree.tokens.new_zeros(b * n, 1), flat)
+                row_wise: Any = processor
+                flat = row_wise(tree.tokens.new_zeros(b * n, 1), flat)
                 continue
             if prefixes is None:
                 prefixes = node_prefixes(tree, context)
@@ -138,7 +139,7 @@ class Law:
         return torch.softmax(self.logits(logits, tree, context), -1)
 
 
-class StableTopP(lp.TopPLogitsWarper):  # type: ignore[misc]  # transformers ships no types for it
+class StableTopP(lp.TopPLogitsWarper):
     """Top-p with a stable sort: two sort orders of tied tokens would be two laws."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

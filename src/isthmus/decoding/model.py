@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -123,7 +123,9 @@ class Model:
         results = [r.result for r in job.requests]
         return results if many else results[0]
 
-    def stream(self, prompt: str | torch.Tensor, **options: Any) -> Iterator[str]:
+    def stream(
+        self, prompt: str | torch.Tensor, **options: Any
+    ) -> Generator[str, None, Generation]:
         """Decode one prompt and yield text as it is accepted.
 
         Args:
@@ -238,7 +240,7 @@ class Model:
                 )
             if not prompt:
                 raise InvalidInputError("the prompt is empty; give some text to continue")
-            ids = self.tokenizer(prompt, return_tensors="pt").input_ids[0]
+            ids: torch.Tensor = self.tokenizer(prompt, return_tensors="pt").input_ids[0]
         else:
             ids = torch.as_tensor(prompt, dtype=torch.int64).flatten()
         if len(ids) == 0:

@@ -5,6 +5,7 @@ A store belongs to one tokenizer and one user: it holds fragments of what was re
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,7 @@ class AdjacencyStore:
         roots: np.ndarray[Any, Any],
         parents: np.ndarray[Any, Any],
         ranks: np.ndarray[Any, Any],
-        levels: list[slice] | list[np.ndarray[Any, Any]],
+        levels: Sequence[np.ndarray[Any, Any]],
     ) -> np.ndarray[Any, Any]:
         """Look up a tree template level by level, one gather a level.
 

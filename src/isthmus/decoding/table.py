@@ -173,12 +173,19 @@ class TableSession:
 
     def prefill(self, rows: Sequence[torch.Tensor]) -> None:
         """Cache the tokens of each row, one int64 [T_b] tensor a row."""
-        self._reserve(max(len(r) for r in rows))
-        for b, row in enumerate(rows):
-            for token in row:
-                n = self._lengths[b]
-                self._states[b, n + 1] = self.target.push(self._states[b, n], token)
-                self._lengths[b] = n + 1
+        counts = [len(r) for r in rows]
+        width = max(counts)
+        if width == 0:
+            return
+        self._reserve(width)
+        tokens = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+        slots = torch.tensor(self._lengths)[:, None] + 1
+        state = self._last()
+        for i, column in enumerate(tokens.unbind(1)):
+            # what padding writes lies beyond the row's length and is overwritten later
+            state = self.target.push(state, column)
+            self._states.scatter_(1, slots + i, state[:, None])
+        self._lengths = [n + c for n, c in zip(self._lengths, counts, strict=True)]
 
     def score(self, tree: TokenTree, *, hidden: bool = False) -> Scores:
         """Look up every node; the hidden states are the logits themselves.

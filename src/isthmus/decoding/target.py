@@ -259,7 +259,7 @@ class HubTarget:
         true = (positions[:, :, None] - slots[:, None, :]).clamp(min=0)
         arange = torch.arange(total, device=slots.device)
         by_slot = (arange[start : start + n, None] - arange).clamp(min=0)
-        shift = table[:, true] - table[:, by_slot][:, None]
+        shift: torch.Tensor = table[:, true] - table[:, by_slot][:, None]
         return shift.transpose(0, 1)
 
     def probe_inputs(self) -> dict[str, Any]:

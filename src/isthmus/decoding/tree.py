@@ -88,7 +88,8 @@ class Topology:
         small.ancestors = self.ancestors[:, index][:, :, index]
         small.max_depth = int(small.depth.max())
         # rows may differ: one that is a chain does not make chains of the others
-        small.is_chain = bool((small.depth[:, -1] == len(index) - 1).all())
+        before = torch.arange(-1, len(index) - 1, device=parent.device)
+        small.is_chain = bool((parent == before).all())
         return small
 
     @cached_property

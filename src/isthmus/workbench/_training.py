@@ -494,7 +494,7 @@ class Trainer:
 
 def _continues(saved: Recipe, wanted: Recipe, step: int) -> bool:
     """Whether both recipes give the same weights up to a step."""
-    if replace(saved, steps=wanted.steps) != wanted:
+    if replace(saved, steps=wanted.steps, decay_share=wanted.decay_share) != wanted:
         return False
     return saved == wanted or step <= min(saved.decay_start, wanted.decay_start)
 

@@ -6,6 +6,7 @@ Every method of isthmus and of transformers decodes the same prompts in turn on 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,9 +16,27 @@ import torch
 from isthmus.claims import Ratio, Ruler, ratio
 from isthmus.decoding.model import Model
 from isthmus.errors import UnknownNameError
+from isthmus.models.hub import load_checkpoint
+from isthmus.roles import Acceptance, Policy
+from isthmus.workbench.reference import reference
 
 PEERS = ("transformers", "transformers prompt lookup", "transformers assisted")
 """What transformers itself offers for the same job."""
+
+
+def reference_model(name: str, draft: str = "", *, dtype: str = "float32") -> Model:
+    """A reference model of the workbench, with a draft model if named, on the CPU.
+
+    Raises:
+        UnknownNameError: No such reference model.
+    """
+
+    def hub(each: str) -> Any:
+        return load_checkpoint(str(reference(each)), dtype=dtype, device="cpu")
+
+    checkpoint = hub(name)
+    draft_model = hub(draft).model if draft else None
+    return Model(checkpoint.model, checkpoint.tokenizer, draft_model=draft_model)
 
 
 @dataclass
@@ -117,6 +136,70 @@ def bench(
         pairs = zip(contestant.tokens, first.tokens, strict=True)
         contestant.same = sum(a == b for a, b in pairs)
     return list(contestants.values())
+
+
+def repeats_itself(tokens: Sequence[int], size: int = 4, times: int = 3) -> bool:
+    """Whether a text runs in a loop: some n-gram of ``size`` tokens occurs more than ``times``.
+
+    An undertrained model loops under greedy decoding, which flatters every drafter that looks
+    things up; claims leave such answers out and say how many.
+
+    Example:
+        >>> repeats_itself([1, 2, 3, 4] * 4), repeats_itself(list(range(16)))
+        (True, False)
+    """
+    grams = Counter(tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1))
+    return max(grams.values(), default=0) > times
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Answers of one method to a list of prompts.
+
+    Attributes:
+        tokens: New tokens of each prompt.
+        lengths: Acceptance length on each prompt.
+        forwards: Target forwards on each prompt.
+    """
+
+    tokens: list[list[int]]
+    lengths: list[float]
+    forwards: list[int]
+
+    def acceptance_length(self, rows: Sequence[int] | None = None) -> float:
+        """Tokens per target forward over the given prompts, over all of them when None."""
+        chosen = range(len(self.tokens)) if rows is None else rows
+        return sum(len(self.tokens[r]) for r in chosen) / sum(self.forwards[r] for r in chosen)
+
+
+def answer(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    policy: str | Policy,
+    *,
+    max_new_tokens: int,
+    seed: int = 0,
+    acceptance: Acceptance | None = None,
+    **sampling: Any,
+) -> Answers:
+    """Decode prompts one after the other, ignoring end tokens, and keep the counts."""
+    results = [
+        model.generate(
+            torch.tensor(list(prompt)),
+            max_new_tokens=max_new_tokens,
+            drafter=policy,
+            acceptance=acceptance,
+            ignore_end=True,
+            seed=seed + row,
+            **sampling,
+        )
+        for row, prompt in enumerate(prompts)
+    ]
+    return Answers(
+        [r.tokens for r in results],
+        [r.stats.acceptance_length for r in results],
+        [r.stats.target_forwards for r in results],
+    )
 
 
 def _run(

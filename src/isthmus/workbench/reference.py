@@ -59,7 +59,8 @@ _MAKERS = (
         num_hidden_layers=6,
         num_attention_heads=5,
         intermediate_size=896,
-        steps=1200,
+        steps=530,
+        decay_share=0.37,
     ),
     Recipe(
         name="pycode-s",
@@ -156,8 +157,8 @@ def train(
     """Train a reference model and publish it.
 
     The state of an unfinished run lies in the cache folder; the same recipe goes on from it. A
-    recipe that differs only in ``steps`` goes on from it too, as long as neither learning rate has
-    begun to fall, because up to there the two runs are the same.
+    recipe that differs only in ``steps`` and ``decay_share`` goes on from it too, as long as
+    neither learning rate has begun to fall, because up to there the two runs are the same.
 
     Args:
         recipe: What to train.
@@ -182,8 +183,9 @@ def train(
         documents = pycode.training_texts(recipe.library_repeats)
     else:
         corpus = hashlib.sha256("\0".join([corpus, *documents]).encode()).hexdigest()
-    # Without the number of steps: a run may be made longer or shorter while it lasts.
-    unfinished = f"{recipe.name}-{fingerprint(replace(recipe, steps=1))}-{corpus[:12]}"
+    # Without the end of the schedule: a run may be made longer or shorter while it lasts.
+    beginning = replace(recipe, steps=1, decay_share=0.0)
+    unfinished = f"{recipe.name}-{fingerprint(beginning)}-{corpus[:12]}"
     state = cache_dir() / "unfinished" / unfinished
     lock = FileLock(state.with_name(f"{unfinished}.lock"))
     with _writable(state):
