@@ -101,7 +101,7 @@ class SlotLayer(CacheLayerMixin):
     is_compileable = False
 
     def __init__(self, cache: SlotCache, arena: int, index: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.cache = cache
         self.arena = arena
         self.index = index

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import platform
-import statistics
 import time
 from collections.abc import Mapping
 
@@ -32,12 +31,27 @@ class Cost:
     """
 
     def __init__(self, seconds: Mapping[int, float]) -> None:
-        self.seconds = dict(sorted(seconds.items()))
-        self._nodes = list(self.seconds)
+        self._nodes = sorted(seconds)
         # a larger forward is never cheaper; the rest is noise of the clock
         self._times: list[float] = []
-        for value in self.seconds.values():
-            self._times.append(max(value, self._times[-1] if self._times else 0.0))
+        for nodes in self._nodes:
+            self._times.append(max(seconds[nodes], self._times[-1] if self._times else 0.0))
+
+    @property
+    def seconds(self) -> dict[int, float]:
+        """Seconds by node count, as they are known now."""
+        return dict(zip(self._nodes, self._times, strict=True))
+
+    def observe(self, nodes: float, seconds: float) -> None:
+        """Learn from a forward that really ran: what is near in size moves most.
+
+        A first measurement may have met a busy machine, and caches grow; single outliers are
+        clipped.
+        """
+        factor = min(3.0, max(0.33, seconds / self(nodes)))
+        for i, known in enumerate(self._nodes):
+            distance = abs(math.log2(known / max(nodes, 1.0)))
+            self._times[i] *= factor ** (0.2 * math.exp(-distance))
 
     def __call__(self, nodes: float) -> float:
         """Seconds of a forward of that many nodes, root included."""
@@ -50,7 +64,7 @@ class Cost:
 
 
 def measure_cost(target: HubTarget, *, length: int = 128, budget_s: float = 1.5) -> Cost:
-    """Time forwards of 1, 2, 4 ... 64 nodes, interleaved, and take medians.
+    """Time forwards of 1, 2, 4 ... 64 nodes, interleaved.
 
     Args:
         target: The model to time.
@@ -85,7 +99,8 @@ def measure_cost(target: HubTarget, *, length: int = 128, budget_s: float = 1.5)
                 session.keep(nothing)
         if repeat and time.perf_counter() - begin > budget_s:
             break
-    return Cost({n: statistics.median(s) for n, s in samples.items()})
+    # the lower quartile: other programs only ever make a forward slower
+    return Cost({n: sorted(s)[len(s) // 4] for n, s in samples.items()})
 
 
 def cost(target: HubTarget) -> Cost:

@@ -44,8 +44,8 @@ class Auto:
     """Pick drafter and tree size for the most tokens per second on this machine.
 
     For every drafter and size it keeps a running mean of emitted tokens per round; the price of a
-    round is the measured forward time of that many nodes (scaled by what forwards cost now) plus
-    the measured drafting time. A tree's first n nodes are a tree too, so one round at size N also
+    round is the measured forward time of that many nodes (renewed by every round) plus the
+    measured drafting time. A tree's first n nodes are a tree too, so one round at size N also
     says what every smaller size would have emitted: no exploration is needed below. Every
     ``survey`` rounds the drafters take turns at full size. Plain decoding is the arm of size 0.
 
@@ -76,10 +76,7 @@ class Auto:
         self.nodes = [[float(s) for s in self.sizes] for _ in self.drafters]
         self.draft_s = [0.0 for _ in self.drafters]
         self.seen = [0 for _ in self.drafters]
-        self.scale = 1.0
         self._round = 0
-        self._asked = 0
-        self._plain_s = 0.0
 
     def begin(self, context: Context, target: Target, **inputs: Any) -> None:
         """See :class:`isthmus.roles.Policy`."""
@@ -88,7 +85,7 @@ class Auto:
 
     def rate(self, drafter: int, size: int) -> float:
         """Expected tokens per second of a drafter at ``sizes[size]``."""
-        seconds = self.scale * self.cost(1 + self.nodes[drafter][size]) + self.draft_s[drafter]
+        seconds = self.cost(1 + self.nodes[drafter][size]) + self.draft_s[drafter]
         return self.emitted[drafter][size] / seconds
 
     def widest(self) -> int:
@@ -114,15 +111,14 @@ class Auto:
                 for s in range(len(self.sizes))
             ]
             best, choice, size = max(arms)
-            if best * self.scale * self.cost(1) < 1.0:
+            if best * self.cost(1) < 1.0:
                 return None, PLAIN
         shape = Shape(self.sizes[size], self.depth, limit.width)
         return self.drafters[choice], shape.capped(limit.nodes, limit.depth, limit.width)
 
     def observe(self, step: Step, drafter: Drafter | None) -> None:
         """Update the means of every size up to the one that was drafted; let drafters learn."""
-        expected = self.cost(step.tree.nodes * step.tree.batch)
-        self.scale = 0.9 * self.scale + 0.1 * min(10.0, step.score_s / max(expected, 1e-9))
+        self.cost.observe(step.tree.nodes * step.tree.batch, step.score_s)
         if drafter is not None:
             self._learn(self.drafters.index(drafter), step)
         for each in self.drafters:

@@ -1,9 +1,9 @@
 """Small reference models: one table of recipes, trained on first use, cached by fingerprint.
 
-```
-recipe ─▶ corpus (pycode) ─▶ tokens ─▶ Trainer ─▶ bf16 checkpoint + tokenizer + card
-             └ held-out files ─────────────────────▶ loss, measured on the exported weights
-```
+::
+
+    recipe ─▶ corpus (pycode) ─▶ tokens ─▶ Trainer ─▶ bf16 checkpoint + tokenizer + card
+                 └ held-out files ─────────────────────▶ loss, measured on the exported weights
 
 `reference` returns a folder that transformers loads. The model ``pycode-t`` ships inside the
 package; its drafts ``pycode-s`` and ``pycode-xs`` share its tokenizer and take minutes to train.
@@ -16,7 +16,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import platform
 import shutil
 import signal
@@ -45,6 +44,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 import isthmus
 from isthmus.errors import BrokenFileError, InvalidInputError, IsthmusError, UnknownNameError
+from isthmus.folders import cache_folder
 from isthmus.workbench import pycode
 from isthmus.workbench._training import Progress, Recipe, Trainer, build, evaluate, pack
 from isthmus.workbench.tokenizer import end_id, load_tokenizer, train_tokenizer
@@ -86,20 +86,6 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType({recipe.name: recipe for recipe
 _SNAPSHOT_WINDOWS = 24
 
 
-def cache_dir() -> Path:
-    """Folder for everything that can be made again.
-
-    Returns:
-        ``$ISTHMUS_CACHE``, else ``$XDG_CACHE_HOME/isthmus``, else ``~/.cache/isthmus``. It need not
-        exist yet.
-    """
-    if given := os.environ.get("ISTHMUS_CACHE"):
-        return Path(given).expanduser()
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared).expanduser() / "isthmus"
-    return Path("~/.cache/isthmus").expanduser()
-
-
 def fingerprint(recipe: Recipe) -> str:
     """Name of a recipe's result: equal recipes and tokenizers, equal fingerprints.
 
@@ -138,7 +124,7 @@ def reference(name: str, progress: bool = True) -> Path:
     recipe = RECIPES[name]
     if _is_complete(EMBEDDED / name, recipe):
         return EMBEDDED / name
-    folder = cache_dir() / "reference" / f"{name}-{fingerprint(recipe)}"
+    folder = cache_folder() / "reference" / f"{name}-{fingerprint(recipe)}"
     if not _is_complete(folder, recipe):
         train(recipe, folder, progress=progress)
     return folder
@@ -186,7 +172,7 @@ def train(
     # Without the end of the schedule: a run may be made longer or shorter while it lasts.
     beginning = replace(recipe, steps=1, decay_share=0.0)
     unfinished = f"{recipe.name}-{fingerprint(beginning)}-{corpus[:12]}"
-    state = cache_dir() / "unfinished" / unfinished
+    state = cache_folder() / "unfinished" / unfinished
     lock = FileLock(state.with_name(f"{unfinished}.lock"))
     with _writable(state):
         lock.acquire()
@@ -247,7 +233,7 @@ def export(
             config.dtype = torch.bfloat16
             config.architectures = [type(trainer.model).__name__]
             config.save_pretrained(temporary)
-            GenerationConfig(  # type: ignore[no-untyped-call]
+            GenerationConfig(
                 bos_token_id=trainer.end, eos_token_id=trainer.end, pad_token_id=trainer.end
             ).save_pretrained(temporary)
             # Tied weights are listed once, as transformers expects of a file.
@@ -453,7 +439,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if given.steps < 1:
                 raise InvalidInputError(f"--steps is {given.steps}; it must be at least 1")
             recipe = replace(recipe, steps=given.steps)
-        folder = given.out or cache_dir() / "reference" / f"{recipe.name}-{fingerprint(recipe)}"
+        folder = given.out or cache_folder() / "reference" / f"{recipe.name}-{fingerprint(recipe)}"
         train(
             recipe,
             folder,

@@ -131,7 +131,7 @@ def best_gamma(alpha: float, cost: float, limit: int = 32) -> int:
 
     Example:
         >>> best_gamma(0.8, 0.05), best_gamma(0.1, 0.2)
-        (7, 0)
+        (8, 0)
     """
     return max(range(limit + 1), key=lambda g: (walltime_factor(alpha, g, cost), -g))
 
