@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from isthmus.decoding.acceptance import Lossless
-from isthmus.decoding.drafters import ModelDrafter, PromptLookup
+from isthmus.decoding.drafters import ModelDrafter, PromptLookup, Union
 from isthmus.decoding.engine import Request, decode
 from isthmus.decoding.law import Law
 from isthmus.decoding.policy import Fixed
@@ -18,6 +18,7 @@ from isthmus.decoding.table import TableTarget
 from isthmus.decoding.tree import TokenTree, Topology
 from isthmus.errors import InvalidInputError, MismatchError, UnsupportedModelError
 from isthmus.roles import Context, Shape
+from isthmus.systems.speculative.token_recycling import TokenRecycling
 from isthmus.testing import check_drafter
 
 TARGET = TableTarget(11, seed=3, sharpness=2.0, order=2)
@@ -224,3 +225,16 @@ def test_topology_of_the_draft() -> None:
     tree = drafter.propose(context, Shape(100, 3, 100))
     want = Topology.of([-1, 0, 0, 0, 1, 1, 2, 2, 3, 3, 4, 5, 6, 7, 8, 9])
     assert torch.equal(tree.topology.parent, want.parent)
+
+
+def test_a_union_keeps_the_contract_and_its_order() -> None:
+    check_drafter(lambda: Union([PromptLookup(min_ngram=2), TokenRecycling()]))
+    target = TableTarget(vocab_size=6, seed=3, order=1, sharpness=3.0)
+    union = Union([PromptLookup(min_ngram=2), TokenRecycling()])
+    ids = torch.tensor([[1, 2, 3, 4, 1, 2]])
+    context = Context(ids, [6], [6], Law(), torch.Generator(), [0])
+    union.begin(context, target)
+    tree = union.propose(context, Shape(8, 4))
+    assert tree.tokens[0, 1:5].tolist() == [3, 4, 1, 2]  # what followed "1 2" before
+    chain = union.propose(context, Shape(2, 2, 1))
+    assert chain.is_chain and chain.tokens[0].tolist() == [2, 3, 4]

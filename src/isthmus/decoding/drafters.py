@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from isthmus.decoding.law import chain_logits
-from isthmus.decoding.tree import Draw, TokenTree, Topology, chain_topology, stack
+from isthmus.decoding.tree import Draw, TokenTree, Topology, chain_topology, merge, stack
 from isthmus.errors import InvalidInputError, MismatchError, UnsupportedModelError
-from isthmus.roles import Context, Session, Shape, Step, Target
+from isthmus.roles import Context, Drafter, Session, Shape, Step, Target
 
 
 class PromptLookup:
@@ -83,6 +83,58 @@ class PromptLookup:
         """Keep the sources of the given rows."""
         if self._sources is not None:
             self._sources = [self._sources[r] for r in rows]
+
+
+class Union:
+    """Fuse what several drafters propose into one tree: the first one's nodes come first.
+
+    Only drafters that choose their tokens can be fused; a tree that was drawn is no longer
+    described by its law once another tree's nodes are among its own.
+
+    Args:
+        drafters: Drafters of chosen trees, the surest first.
+    """
+
+    def __init__(self, drafters: Sequence[Drafter]) -> None:
+        self.drafters = list(drafters)
+        self.name = "+".join(d.name for d in self.drafters)
+
+    def begin(self, context: Context, target: Target, **inputs: Any) -> None:
+        """Start all of them."""
+        for drafter in self.drafters:
+            drafter.begin(context, target, **inputs)
+
+    def propose(self, context: Context, shape: Shape) -> TokenTree:
+        """The fused tree, cut to ``shape``; for a chain, the first proposal that is one."""
+        if shape.width < len(self.drafters):  # no room for one child of each
+            trees = [
+                d.propose(context, shape.capped(shape.nodes, shape.depth, 1)) for d in self.drafters
+            ]
+            return max(trees, key=lambda t: sum(t.drafted()))
+        # all but the last draft a chain, so that no node gets more children than were asked for
+        spare = shape.width - len(self.drafters) + 1
+        widths = [1] * (len(self.drafters) - 1) + [spare]
+        trees = [
+            d.propose(context, shape.capped(shape.nodes, shape.depth, width))
+            for d, width in zip(self.drafters, widths, strict=True)
+        ]
+        rows = []
+        for b in range(context.batch):
+            fused = trees[0].row(b)
+            for tree in trees[1:]:
+                fused = merge(fused, tree.row(b))
+            rows.append(fused.limit(nodes=shape.nodes, depth=shape.depth))
+        return stack(rows)
+
+    def observe(self, step: Step) -> None:
+        """Let all of them learn."""
+        for drafter in self.drafters:
+            drafter.observe(step)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Pass the selection on."""
+        for drafter in self.drafters:
+            drafter.select(rows)
 
 
 class ModelDrafter:

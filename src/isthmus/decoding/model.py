@@ -10,7 +10,7 @@ import torch
 from isthmus import registry
 from isthmus.decoding.acceptance import Lossless
 from isthmus.decoding.cost import cost
-from isthmus.decoding.drafters import ModelDrafter, PromptLookup
+from isthmus.decoding.drafters import ModelDrafter, PromptLookup, Union
 from isthmus.decoding.engine import Request, decode
 from isthmus.decoding.exact import ExactTarget
 from isthmus.decoding.generation import Generation
@@ -222,7 +222,11 @@ class Model:
             return Fixed()
         recycling = registry.load("token-recycling")
         module = registry.load_module(registry.find("token-recycling"))
-        candidates: list[Any] = [PromptLookup(), recycling(module.Settings(keep=True))]
+        lookup, recycle = PromptLookup(), recycling(module.Settings(keep=True))
+        candidates: list[Any] = [lookup, recycle]
+        if self.target.reach == "tree":
+            # an n-gram of two or more that came before is surer than the table's best guess
+            candidates.append(Union([PromptLookup(min_ngram=2), recycle]))
         if self.draft_model is not None:
             candidates.append(registry.load("speculative-sampling")(self.draft_model))
         return Auto(candidates, cost(self.target))

@@ -70,6 +70,9 @@ class Auto:
     ) -> None:
         self.drafters, self.cost, self.survey, self.depth = list(drafters), cost, survey, depth
         self.sizes = sorted(sizes)
+        # a drafter may be a candidate and part of a union; it starts and learns once
+        parts = [p for d in self.drafters for p in getattr(d, "drafters", [d])]
+        self._parts: list[Drafter] = list({id(p): p for p in parts}.values())
         self._keep = 1.0 - 1.0 / memory
         # emitted tokens and really drafted nodes of a round, by drafter and size
         self.emitted = [[1.5 for _ in self.sizes] for _ in self.drafters]
@@ -80,8 +83,8 @@ class Auto:
 
     def begin(self, context: Context, target: Target, **inputs: Any) -> None:
         """See :class:`isthmus.roles.Policy`."""
-        for drafter in self.drafters:
-            drafter.begin(context, target, **inputs)
+        for part in self._parts:
+            part.begin(context, target, **inputs)
 
     def rate(self, drafter: int, size: int) -> float:
         """Expected tokens per second of a drafter at ``sizes[size]``."""
@@ -121,8 +124,8 @@ class Auto:
         self.cost.observe(step.tree.nodes * step.tree.batch, step.score_s)
         if drafter is not None:
             self._learn(self.drafters.index(drafter), step)
-        for each in self.drafters:
-            each.observe(step)
+        for part in self._parts:
+            part.observe(step)
 
     def _learn(self, index: int, step: Step) -> None:
         self.seen[index] += 1
@@ -142,5 +145,5 @@ class Auto:
 
     def select(self, rows: Sequence[int]) -> None:
         """Pass the selection on."""
-        for drafter in self.drafters:
-            drafter.select(rows)
+        for part in self._parts:
+            part.select(rows)

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Literal
 
+import numpy as np
 import torch
 
 from isthmus.errors import InvalidInputError
@@ -101,7 +102,22 @@ class Topology:
     @classmethod
     def of(cls, parent: Sequence[int]) -> Topology:
         """Build the topology of one row from a list of parents."""
-        return cls(torch.tensor([list(parent)], dtype=torch.int64))
+        row = torch.tensor([list(parent)], dtype=torch.int64)
+        n = len(parent)
+        if not n or parent[0] != -1 or any(not 0 <= p < i for i, p in enumerate(parent) if i):
+            return cls(row)  # which says what is wrong
+        # one row and small: rows of NumPy cost less than rounds of tensor operations
+        ancestors = np.eye(n, dtype=bool)
+        for node in range(1, n):
+            ancestors[node] |= ancestors[parent[node]]
+        made = object.__new__(cls)
+        made._elsewhere = {}
+        made.parent = row
+        made.ancestors = torch.from_numpy(ancestors)[None]
+        made.depth = torch.from_numpy(ancestors.sum(1) - 1)[None]
+        made.max_depth = int(made.depth.max())
+        made.is_chain = made.max_depth == n - 1
+        return made
 
     @property
     def nodes(self) -> int:
@@ -250,6 +266,17 @@ class TokenTree:
             self.draw,
             None if self.q is None else self.q.to(device),
         )
+
+    def row(self, b: int) -> TokenTree:
+        """Row b as a tree of its own."""
+        if self.batch == 1:
+            return self
+        topology = self.topology
+        if topology.parent.shape[0] > 1:
+            topology = Topology.of(topology.parent[b].tolist())
+        valid = None if self.valid is None else self.valid[b : b + 1]
+        q = None if self.q is None else self.q[b : b + 1]
+        return TokenTree(self.tokens[b : b + 1], topology, valid, self.draw, q)
 
     @property
     def batch(self) -> int:
@@ -404,6 +431,8 @@ class TokenTree:
 def merge(a: TokenTree, b: TokenTree) -> TokenTree:
     """Fuse two chosen trees of one row with the same root; shared prefixes become one path.
 
+    The nodes of ``a`` come first and in their order, then what ``b`` adds.
+
     Raises:
         InvalidInputError: A tree was drawn (its q would no longer describe the draw), the roots
             differ, or there is more than one row.
@@ -411,17 +440,27 @@ def merge(a: TokenTree, b: TokenTree) -> TokenTree:
     Example:
         >>> x = TokenTree.from_paths(7, [[1, 2]])
         >>> merge(x, TokenTree.from_paths(7, [[1, 3], [4]])).tokens.tolist()
-        [[7, 1, 4, 2, 3]]
+        [[7, 1, 2, 4, 3]]
     """
     if a.draw != "point" or b.draw != "point":
         raise InvalidInputError("only chosen trees (draw='point') can be merged")
     if a.batch != 1 or b.batch != 1 or int(a.tokens[0, 0]) != int(b.tokens[0, 0]):
         raise InvalidInputError("trees to merge must be one row each and share the root token")
-    paths = []
+    tokens, parents = [int(a.tokens[0, 0])], [-1]
+    known: dict[tuple[int, int], int] = {}
     for tree in (a, b):
-        tokens, alive = tree.tokens[0].tolist(), tree.alive[0].tolist()
-        paths += [[tokens[i] for i in p[1:] if alive[i]] for p in tree.topology.paths()]
-    return TokenTree.from_paths(int(a.tokens[0, 0]), paths)
+        place = {0: 0}  # where each node of this tree stands in the fused one
+        own, alive = tree.tokens[0].tolist(), tree.alive[0].tolist()
+        for node, parent in enumerate(tree.topology.parents_list):
+            if node == 0 or not alive[node]:
+                continue
+            key = (place[parent], own[node])
+            if key not in known:
+                known[key] = len(tokens)
+                tokens.append(own[node])
+                parents.append(place[parent])
+            place[node] = known[key]
+    return TokenTree(torch.tensor([tokens]), Topology.of(parents))
 
 
 def stack(trees: Sequence[TokenTree]) -> TokenTree:
