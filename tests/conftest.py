@@ -9,6 +9,8 @@ import pytest
 
 # No test may depend on a network; a forgotten download fails at once instead of hanging.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Tiny models gain nothing from threads, and lose much when another program holds a core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SYSTEM = '''\
 """{title}.

@@ -138,14 +138,14 @@ def bench(
     return list(contestants.values())
 
 
-def repeats_itself(tokens: Sequence[int], size: int = 4, times: int = 3) -> bool:
+def repeats_itself(tokens: Sequence[int], size: int = 8, times: int = 3) -> bool:
     """Whether a text runs in a loop: some n-gram of ``size`` tokens occurs more than ``times``.
 
     An undertrained model loops under greedy decoding, which flatters every drafter that looks
     things up; claims leave such answers out and say how many.
 
     Example:
-        >>> repeats_itself([1, 2, 3, 4] * 4), repeats_itself(list(range(16)))
+        >>> repeats_itself([1, 2, 3, 4] * 8), repeats_itself(list(range(32)))
         (True, False)
     """
     grams = Counter(tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1))
