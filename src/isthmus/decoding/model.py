@@ -42,6 +42,7 @@ class Model:
         target: The model as the engine sees it.
         tokenizer: As given.
         draft_model: As given, as a target.
+        last: Result of the last finished :meth:`stream`.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Model:
         self.target = ExactTarget(model) if exact else HubTarget(model)
         self.tokenizer = tokenizer
         self.draft_model = None if draft_model is None else HubTarget(draft_model)
+        self.last = Generation()
         self._policies: dict[str, Policy] = {}
 
     def generate(
