@@ -1,6 +1,7 @@
 """Fixtures that more than one test file uses."""
 
 import os
+import signal
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,9 @@ import pytest
 
 # No test may depend on a network; a forgotten download fails at once instead of hanging.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# A job in the background of a shell ignores interrupts, and commands under test inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Tiny models gain nothing from threads, and lose much when another program holds a core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
