@@ -8,6 +8,9 @@ from typing import Any
 from isthmus.decoding.cost import Cost
 from isthmus.roles import PLAIN, Context, Drafter, Shape, Step, Target
 
+GAIN = 1.05
+"""Drafting must promise this much more than plain decoding; less is noise of the estimates."""
+
 
 class Fixed:
     """Always the same drafter and shape.
@@ -79,7 +82,9 @@ class Auto:
         self.nodes = [[float(s) for s in self.sizes] for _ in self.drafters]
         self.draft_s = [0.0 for _ in self.drafters]
         self.seen = [0 for _ in self.drafters]
-        self._round = 0
+        self._round, self._turn = 0, 0
+        self._gap = self._next = survey
+        self._idle = False
 
     def begin(self, context: Context, target: Target, **inputs: Any) -> None:
         """See :class:`isthmus.roles.Policy`."""
@@ -104,9 +109,12 @@ class Auto:
         unseen = [i for i, n in enumerate(self.seen) if n < 2]
         if unseen:
             choice, size = unseen[0], self.widest()
-        elif self._round % self.survey == 0:
-            choice = (self._round // self.survey) % len(self.drafters)
-            size = self.widest()
+        elif self._round >= self._next:
+            self._turn += 1
+            choice, size = self._turn % len(self.drafters), self.widest()
+            # while plain decoding wins, ask less and less often
+            self._gap = min(2 * self._gap, 16 * self.survey) if self._idle else self.survey
+            self._next = self._round + self._gap
         else:
             arms = [
                 (self.rate(d, s), d, s)
@@ -114,7 +122,8 @@ class Auto:
                 for s in range(len(self.sizes))
             ]
             best, choice, size = max(arms)
-            if best * self.cost(1) < 1.0:
+            self._idle = best * self.cost(1) < GAIN
+            if self._idle:
                 return None, PLAIN
         shape = Shape(self.sizes[size], self.depth, limit.width)
         return self.drafters[choice], shape.capped(limit.nodes, limit.depth, limit.width)
