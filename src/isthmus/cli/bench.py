@@ -6,7 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from isthmus.cli.output import console, print_json
+from isthmus.cli.output import console, print_json, quiet_transformers
 from isthmus.errors import InvalidInputError
 
 
@@ -44,9 +44,7 @@ def decode(
     """
     if prompts < 1 or repeats < 1 or max_new_tokens < 1:
         raise InvalidInputError("prompts, repeats and max-new-tokens must be at least 1")
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
+    quiet_transformers()
     from isthmus.api import load
     from isthmus.claims import Provenance, Ruler
     from isthmus.workbench import pycode

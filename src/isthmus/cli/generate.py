@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from isthmus.cli.output import print_json
+from isthmus.cli.output import print_json, quiet_transformers
 from isthmus.errors import BrokenFileError, InvalidInputError
 
 
@@ -60,7 +60,7 @@ def generate(
         json: Print one JSON object and nothing else on standard output.
     """
     text = _prompt(prompt, file)
-    _quiet_transformers()
+    quiet_transformers()
     from isthmus.api import load
 
     loaded = load(model, dtype=dtype, device=device, draft_model=draft_model, exact=exact)
@@ -122,10 +122,3 @@ def _prompt(prompt: str, file: Path | None) -> str:
             "there is no prompt; give one as an argument, with --file, or on standard input"
         )
     return prompt
-
-
-def _quiet_transformers() -> None:
-    """Its notes about a model are not for the user of this command."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()

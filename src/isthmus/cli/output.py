@@ -44,3 +44,10 @@ def print_error(message: object) -> None:
         message: What went wrong and what to do; line breaks in it become spaces.
     """
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def quiet_transformers() -> None:
+    """Silence notes of transformers about a model: they are not for the user of a command."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()

@@ -104,11 +104,12 @@ class Model:
             num_draft_tokens=num_draft_tokens,
             stop=stop,
             seed=seed,
-            law=law or Law(**sampling),
+            law=law,
             acceptance=acceptance,
             trace=trace,
             ignore_end=ignore_end,
             inputs=inputs,
+            **sampling,
         )
         try:
             for _ in job.rounds:
@@ -138,21 +139,7 @@ class Model:
             New text, never taken back. The generator's return value is the
             :class:`~isthmus.decoding.generation.Generation`.
         """
-        names = (
-            "max_new_tokens",
-            "drafter",
-            "num_draft_tokens",
-            "stop",
-            "seed",
-            "law",
-            "acceptance",
-            "trace",
-            "ignore_end",
-            "inputs",
-        )
-        own = {k: options.pop(k) for k in names if k in options}
-        own["law"] = own.get("law") or Law(**options)
-        job = self._job([prompt], **own)
+        job = self._job([prompt], **options)
         result = job.requests[0].result
         stopper = job.requests[0].stopper
         if self.tokenizer is None:
@@ -266,12 +253,14 @@ class Model:
         num_draft_tokens: int | None = None,
         stop: Sequence[str] = (),
         seed: int | None = None,
-        law: Law,
+        law: Law | None = None,
         acceptance: Acceptance | None = None,
         trace: bool = False,
         ignore_end: bool = False,
         inputs: dict[str, Any] | None = None,
+        **sampling: Any,
     ) -> _Job:
+        law = law or Law(**sampling)
         if max_new_tokens < 1:
             raise InvalidInputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         policy = self.policy(drafter, num_draft_tokens)

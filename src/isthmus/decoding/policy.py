@@ -50,7 +50,8 @@ class Auto:
     round is the measured forward time of that many nodes (renewed by every round) plus the
     measured drafting time. A tree's first n nodes are a tree too, so one round at size N also
     says what every smaller size would have emitted: no exploration is needed below. Every
-    ``survey`` rounds the drafters take turns at full size. Plain decoding is the arm of size 0.
+    ``survey`` rounds the drafters take turns at full size, less and less often while plain
+    decoding wins. Plain decoding is the arm of size 0.
 
     Args:
         drafters: Candidates.
