@@ -50,6 +50,41 @@ PLAIN = Shape(nodes=0, depth=0)
 """Draft nothing: plain decoding."""
 
 
+@dataclass(frozen=True)
+class Taps:
+    """Which inner states of the target a drafter or an acceptance rule reads.
+
+    Attributes:
+        final: The last hidden state, after the final norm: what the LM head multiplies.
+        layers: Decoder layers whose *incoming* hidden state is read, 0 to L; L is the state that
+            leaves the last layer, before the final norm.
+    """
+
+    final: bool = False
+    layers: tuple[int, ...] = ()
+
+    def __bool__(self) -> bool:
+        return self.final or bool(self.layers)
+
+    def __or__(self, other: Taps) -> Taps:
+        """Everything that either asks for."""
+        layers = tuple(sorted({*self.layers, *other.layers}))
+        return Taps(self.final or other.final, layers)
+
+
+@dataclass(frozen=True)
+class Features:
+    """Inner states of the target at N tokens of each row.
+
+    Attributes:
+        final: [B, N, D], or None where not asked for.
+        layers: [B, N, D] by layer, as :class:`Taps` numbers them.
+    """
+
+    final: torch.Tensor | None = None
+    layers: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
 @dataclass
 class Context:
     """What a drafter and a policy may look at before a draft is drawn.
@@ -65,6 +100,10 @@ class Context:
         requests: Which request each row serves; rows leave the batch as they finish.
         noise: Set under coupled acceptance: ``noise(request, position, vocab_size)`` gives the
             Gumbel noise [V] that decides the token at that position, shared by drafter and target.
+        features: The target's inner states of its last forward, where somebody taps them: at
+            ``begin`` those of the prompt without its root, padded at the end; afterwards those of
+            the tree that was just scored.
+        session: The target at work, for drafters that read its cache.
     """
 
     ids: torch.Tensor
@@ -74,6 +113,8 @@ class Context:
     generator: torch.Generator
     requests: list[int]
     noise: Callable[[int, int, int], torch.Tensor] | None = None
+    features: Features | None = None
+    session: Session | None = None
 
     @property
     def batch(self) -> int:
@@ -116,7 +157,7 @@ class Step:
         shape: The shape that the policy had asked for.
         draft_s: Seconds spent in ``propose``.
         score_s: Seconds spent in the target's forward.
-        hidden: Last hidden states [B, N, D] if the drafter asked for them.
+        features: The target's inner states at every node, where somebody taps them.
     """
 
     tree: TokenTree
@@ -127,7 +168,7 @@ class Step:
     shape: Shape
     draft_s: float = 0.0
     score_s: float = 0.0
-    hidden: torch.Tensor | None = None
+    features: Features | None = None
 
 
 @dataclass(frozen=True)
@@ -136,11 +177,11 @@ class Scores:
 
     Attributes:
         logits: Law of the child of each node, before any processing, [B, N, V].
-        hidden: Last hidden states [B, N, D], when asked for.
+        features: Inner states at each node, when asked for.
     """
 
     logits: torch.Tensor
-    hidden: torch.Tensor | None = None
+    features: Features | None = None
 
 
 @runtime_checkable
@@ -152,11 +193,15 @@ class Session(Protocol):
         """Cached tokens of each row."""
         ...
 
-    def prefill(self, rows: Sequence[torch.Tensor]) -> None:
-        """Cache the given tokens, one int64 [T_b] tensor a row, after what is cached already."""
+    def prefill(self, rows: Sequence[torch.Tensor], *, taps: Taps | None = None) -> Features | None:
+        """Cache the given tokens, one int64 [T_b] tensor a row, after what is cached already.
+
+        Returns:
+            The tapped states of these tokens, padded at the end; None without taps.
+        """
         ...
 
-    def score(self, tree: TokenTree, *, hidden: bool = False) -> Scores:
+    def score(self, tree: TokenTree, *, taps: Taps | None = None) -> Scores:
         """Run the target on a tree (root included) without committing any of it."""
         ...
 

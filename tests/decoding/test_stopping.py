@@ -17,7 +17,7 @@ from isthmus.decoding.stopping import Detokenizer, Stopper
 from isthmus.decoding.table import TableSession, TableTarget
 from isthmus.decoding.tree import TokenTree
 from isthmus.errors import InvalidInputError
-from isthmus.roles import Context, Policy, Scores, Shape
+from isthmus.roles import Context, Policy, Scores, Shape, Taps
 
 
 class Bytes:
@@ -39,7 +39,7 @@ class Script(TableTarget):
 
 
 class ScriptSession(TableSession):
-    def score(self, tree: TokenTree, *, hidden: bool = False) -> Scores:
+    def score(self, tree: TokenTree, *, taps: Taps | None = None) -> Scores:
         super().score(tree)
         text = self.target.text  # type: ignore[attr-defined]
         depth = tree.topology.depth.expand_as(tree.tokens)

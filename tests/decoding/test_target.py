@@ -14,7 +14,7 @@ from isthmus.decoding.table import TableSession, TableTarget
 from isthmus.decoding.target import HubTarget, SlotSession, probe_error
 from isthmus.decoding.tree import TokenTree, Topology, chain_topology
 from isthmus.errors import InvalidInputError, UnsupportedModelError
-from isthmus.roles import Context, Scores, Shape
+from isthmus.roles import Context, Scores, Shape, Taps
 from isthmus.testing import check_target
 
 ATTENTION = [n for n in tiny.NAMES if tiny.REACH[n] == "tree"]
@@ -241,8 +241,8 @@ class Faulty(TableSession):
 
     fault = ""
 
-    def score(self, tree: TokenTree, *, hidden: bool = False) -> Scores:
-        scores = super().score(tree, hidden=hidden)
+    def score(self, tree: TokenTree, *, taps: Taps | None = None) -> Scores:
+        scores = super().score(tree, taps=taps)
         if self.fault == "siblings" and tree.nodes > 2:
             # what a causal mask without the tree does: a node sees the sibling before it
             state = self._last()[:, None]

@@ -27,6 +27,12 @@ app.command(
     name="generate",
     help="Write text with a model, faster than plain decoding and with the same output.",
 )
+app.command("isthmus.cli.train:train", name="train", help="Train a drafter for a model of yours.")
+app.command(
+    "isthmus.cli.train:export",
+    name="export",
+    help="Write a trained drafter in a format that a serving engine loads.",
+)
 app.command(
     "isthmus.cli.systems:systems", name="systems", help="List the systems and what became of each."
 )

@@ -39,6 +39,7 @@ from isthmus.roles import (
     Session,
     Shape,
     Step,
+    Taps,
     Target,
 )
 
@@ -118,6 +119,16 @@ def _check_prompt(request: Request, max_length: int | None) -> None:
             request.stopper.max_new_tokens = room
 
 
+def wanted(part: Any) -> Taps:
+    """What a policy, drafter or acceptance rule taps, and what the drafters inside it do."""
+    taps: Taps = getattr(part, "taps", Taps())
+    inner = [getattr(part, "drafter", None), *getattr(part, "drafters", ())]
+    for drafter in inner:
+        if drafter is not None:
+            taps |= wanted(drafter)
+    return taps
+
+
 class _Batch:
     """State of the rows that are decoded together."""
 
@@ -151,6 +162,7 @@ class _Batch:
             list(range(len(requests))),
             getattr(acceptance, "noise", None),
         )
+        self.taps = wanted(policy) | wanted(acceptance)
         self.ends = torch.tensor(sorted({t for r in requests for t in r.stopper.end_tokens}))
         self.session: Session
 
@@ -160,8 +172,9 @@ class _Batch:
         context = self.context
         self.session = self.target.session(context.batch, **self.inputs)
         rows = [context.row(b)[:-1] for b in range(context.batch)]
+        context.session = self.session
         if any(len(r) for r in rows):
-            self.session.prefill(rows)
+            context.features = self.session.prefill(rows, taps=self.taps)
         self.parts = dict.fromkeys(("draft", "score", "accept", "commit", "observe"), 0.0)
         self.parts = {"prefill": clock() - start, **self.parts}
         self.policy.begin(context, self.target, **self.inputs)
@@ -200,7 +213,8 @@ class _Batch:
         tree = tree.to(getattr(self.target, "device", tree.tokens.device))
         tree = tree.below(self.ends.to(tree.tokens.device))
         t1 = clock()
-        scores = self.session.score(tree, hidden=getattr(drafter, "wants_hidden", False))
+        scores = self.session.score(tree, taps=self.taps)
+        context.features = scores.features
         t2 = clock()
         verdict = self.acceptance.accept(tree, scores.logits, context)
         t3 = clock()
@@ -215,7 +229,7 @@ class _Batch:
             shape,
             t1 - t0,
             t2 - t1,
-            scores.hidden,
+            scores.features,
         )
         self.policy.observe(step, drafter)
         t5 = clock()
@@ -302,7 +316,7 @@ class _Batch:
         if gone == 0 or (alive and gone * 4 < context.batch):
             return
         if alive:
-            self.session = self.session.fork(alive)
+            self.session = context.session = self.session.fork(alive)
             self.policy.select(alive)
         context.ids = context.ids[alive]
         context.lengths = [context.lengths[b] for b in alive]

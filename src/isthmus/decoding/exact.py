@@ -15,10 +15,10 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from isthmus.decoding.target import HubTarget, SlotSession
+from isthmus.decoding.target import HubTarget, SlotSession, cut_features
 from isthmus.decoding.tree import TokenTree, Topology
 from isthmus.errors import InvalidInputError, UnsupportedModelError
-from isthmus.roles import Reach, Scores
+from isthmus.roles import Reach, Scores, Taps
 
 KERNEL = "isthmus_exact"
 
@@ -109,7 +109,7 @@ class ExactSession(SlotSession):
 
     target: ExactTarget
 
-    def score(self, tree: TokenTree, *, hidden: bool = False) -> Scores:
+    def score(self, tree: TokenTree, *, taps: Taps | None = None) -> Scores:
         """Run a tree of at most ``block`` nodes, padded to exactly that many.
 
         Raises:
@@ -121,9 +121,8 @@ class ExactSession(SlotSession):
         tokens = torch.nn.functional.pad(tree.tokens, (0, missing))
         parent = torch.nn.functional.pad(tree.topology.parent, (0, missing))
         padded = TokenTree(tokens, Topology(parent), self._valid(tree, missing))
-        scores = self._run(padded, hidden=hidden)
-        states = None if scores.hidden is None else scores.hidden[:, :n]
-        return Scores(scores.logits[:, :n], states)
+        scores = self._run(padded, taps=taps)
+        return Scores(scores.logits[:, :n], cut_features(scores.features, slice(0, n)))
 
     @staticmethod
     def _valid(tree: TokenTree, missing: int) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from isthmus.decoding.law import Law
 from isthmus.decoding.policy import Auto, Fixed
 from isthmus.decoding.stopping import Detokenizer, Stopper
 from isthmus.decoding.target import HubTarget
+from isthmus.decoding.trained import read_config
 from isthmus.errors import InvalidInputError, UnknownNameError
 from isthmus.roles import Acceptance, Policy, Shape
 
@@ -76,7 +78,8 @@ class Model:
             prompt: Text, token ids int64 [T], or a list of either for a batch. For
                 encoder-decoder models this is the source; see ``inputs``.
             max_new_tokens: Budget.
-            drafter: ``"auto"``, ``"none"``, ``"prompt-lookup"``, a system's slug, or a policy.
+            drafter: ``"auto"``, ``"none"``, ``"prompt-lookup"``, a system's slug, the folder of a
+                trained drafter, or a policy.
             num_draft_tokens: Draft nodes a round, where the drafter takes a number.
             stop: Strings that end the answer; the text is cut before them.
             seed: Seed of every random draw.
@@ -185,18 +188,29 @@ class Model:
             if name not in self._policies:
                 self._policies[name] = self._auto()
             return self._policies[name]
-        if name not in drafters():
-            raise UnknownNameError("drafter", name, drafters())
-        system = registry.load(name)
-        if getattr(system, "role", "") != "drafter":
-            raise InvalidInputError(f"{name} is a system but no drafter; see `isthmus systems`")
-        drafter = self._build(system, name)
-        shape = drafter.default_shape
+        system: Any
+        if Path(name).is_dir():
+            system = registry.load(read_config(name)["system"])
+            part = system.from_pretrained(name, self.target)
+        elif name in drafters():
+            system = registry.load(name)
+            part = self._build(system, name)
+        else:
+            hint = "or the folder of a drafter made by isthmus train"
+            raise UnknownNameError("drafter", name, drafters(), hint)
+        if system.role == "policy":
+            policy: Policy = part
+            return policy
+        drafter, shape = part, part.default_shape
         if n is not None:
             shape = Shape(n, min(n, max(shape.depth, n if shape.width == 1 else 0)), shape.width)
         return Fixed(drafter, shape)
 
     def _build(self, system: Any, name: str) -> Any:
+        if getattr(system, "role", "") not in ("drafter", "policy"):
+            raise InvalidInputError(f"{name} is a system but no drafter; see `isthmus systems`")
+        if hasattr(system, "for_model"):
+            return system.for_model(self)
         if issubclass(system, ModelDrafter):
             if self.draft_model is None:
                 raise InvalidInputError(
@@ -289,7 +303,7 @@ class Model:
             self.target,
             requests,
             policy=policy,
-            acceptance=acceptance or Lossless(),
+            acceptance=acceptance or rule_of(policy) or Lossless(),
             law=law,
             generator=generator,
             inputs=inputs,
@@ -343,6 +357,12 @@ class _Job:
 
 def _is_ids(prompt: Sequence[Any]) -> bool:
     return len(prompt) == 0 or isinstance(prompt[0], int)
+
+
+def rule_of(policy: Any) -> Acceptance | None:
+    """The acceptance rule that a policy or its drafter brings along, or None."""
+    rules = (getattr(p, "acceptance", None) for p in (policy, getattr(policy, "drafter", None)))
+    return next((rule for rule in rules if rule is not None), None)
 
 
 def as_list(ends: Any) -> list[int]:

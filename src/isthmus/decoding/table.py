@@ -14,7 +14,7 @@ import torch
 
 from isthmus.decoding.tree import TokenTree
 from isthmus.errors import InvalidInputError
-from isthmus.roles import Context, Law, Reach, Scores
+from isthmus.roles import Context, Features, Law, Reach, Scores, Taps
 
 
 class TableTarget:
@@ -171,23 +171,25 @@ class TableSession:
         if short > 0:
             self._states = torch.nn.functional.pad(self._states, (0, short))
 
-    def prefill(self, rows: Sequence[torch.Tensor]) -> None:
+    def prefill(self, rows: Sequence[torch.Tensor], *, taps: Taps | None = None) -> Features | None:
         """Cache the tokens of each row, one int64 [T_b] tensor a row."""
         counts = [len(r) for r in rows]
         width = max(counts)
         if width == 0:
-            return
+            return None
         self._reserve(width)
         tokens = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
         slots = torch.tensor(self._lengths)[:, None] + 1
-        state = self._last()
+        state, states = self._last(), []
         for i, column in enumerate(tokens.unbind(1)):
             # what padding writes lies beyond the row's length and is overwritten later
             state = self.target.push(state, column)
+            states.append(state)
             self._states.scatter_(1, slots + i, state[:, None])
         self._lengths = [n + c for n, c in zip(self._lengths, counts, strict=True)]
+        return _features(self.target.logits(torch.stack(states, 1)), taps) if taps else None
 
-    def score(self, tree: TokenTree, *, hidden: bool = False) -> Scores:
+    def score(self, tree: TokenTree, *, taps: Taps | None = None) -> Scores:
         """Look up every node; the hidden states are the logits themselves.
 
         Raises:
@@ -206,7 +208,7 @@ class TableSession:
             state = torch.where(depth == level, deeper, state)
         self._scored = state
         logits = self.target.logits(state)
-        return Scores(logits, logits if hidden else None)
+        return Scores(logits, _features(logits, taps) if taps else None)
 
     def keep(self, path: torch.Tensor) -> None:
         """Commit one path of the last scored tree, int64 [B, M] padded with -1."""
@@ -231,6 +233,11 @@ class TableSession:
         twin._lengths = [self._lengths[r] for r in rows]
         twin._states = self._states[list(rows)].clone()
         return twin
+
+
+def _features(logits: torch.Tensor, taps: Taps) -> Features:
+    """A table has no inner states; its logits stand in for all of them."""
+    return Features(logits if taps.final else None, dict.fromkeys(taps.layers, logits))
 
 
 def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:

@@ -32,7 +32,7 @@ from isthmus.decoding.cache import LayerShape, SlotCache
 from isthmus.decoding.tree import TokenTree, Topology, chain_topology
 from isthmus.errors import InvalidInputError, UnsupportedModelError
 from isthmus.nn.masks import tree_mask
-from isthmus.roles import Reach, Scores, Session
+from isthmus.roles import Features, Reach, Scores, Session, Taps
 
 MAX_NODES = 1024
 """Draft nodes in one forward at most; bounds the [N, S + N] mask."""
@@ -163,7 +163,7 @@ class HubTarget:
         mask: Any = None,
         cache: Any = None,
         encoded: dict[str, Any] | None = None,
-        hidden: bool = False,
+        taps: Taps | None = None,
         last_only: bool = False,
     ) -> Scores:
         """One call of the model; every shape decision is made by the caller.
@@ -175,11 +175,11 @@ class HubTarget:
                 [B, S + N], or None where the model's own causal mask is right.
             cache: What ``past_key_values`` takes.
             encoded: Result of :meth:`encode`.
-            hidden: Also return the last hidden states.
+            taps: Inner states to return too.
             last_only: Compute the logits of the last token only.
         """
         kwargs: dict[str, Any] = {self._cache_name: cache, "use_cache": cache is not None}
-        if hidden:
+        if taps:
             kwargs["output_hidden_states"] = True
         if last_only and self._takes_logits_to_keep:
             kwargs["logits_to_keep"] = 1
@@ -190,13 +190,66 @@ class HubTarget:
             kwargs |= {"input_ids": tokens, "attention_mask": mask}
             if positions is not None and self._takes_positions:
                 kwargs["position_ids"] = positions
-        with self._placed(positions):
+        last: list[torch.Tensor] = []
+        with self._placed(positions), self._leaving_last_layer(taps, last):
             out = self.model(**kwargs)
-        states = None
-        if hidden:
-            layers = out.decoder_hidden_states if self.encoder_decoder else out.hidden_states
-            states = layers[-1]
-        return Scores(out.logits, states)
+        if not taps:
+            return Scores(out.logits)
+        states = out.decoder_hidden_states if self.encoder_decoder else out.hidden_states
+        depth = len(states) - 1  # the last one is after the final norm
+        layers = {i: last[0] if i == depth else states[i] for i in taps.layers}
+        return Scores(out.logits, Features(states[-1] if taps.final else None, layers))
+
+    @contextmanager
+    def _leaving_last_layer(self, taps: Taps | None, out: list[torch.Tensor]) -> Iterator[None]:
+        """Catch what leaves the last decoder layer: transformers reports it after the norm only."""
+        if not taps or self.num_layers not in taps.layers:
+            yield
+            return
+
+        def catch(module: Any, args: Any, output: Any) -> None:
+            out.append(output if torch.is_tensor(output) else output[0])
+
+        handle = self.layers[-1].register_forward_hook(catch)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers L."""
+        return len(self.kinds)
+
+    @property
+    def layers(self) -> Any:
+        """The decoder's layers, in order.
+
+        Raises:
+            UnsupportedModelError: They are not where transformers usually puts them.
+        """
+        decoder = self.model.get_decoder()
+        for module in decoder.modules():
+            if isinstance(module, torch.nn.ModuleList) and len(module) == self.num_layers:
+                return module
+        raise UnsupportedModelError(
+            f"the decoder layers of {type(self.model).__name__} were not found; use a drafter that "
+            "reads the last hidden state only"
+        )
+
+    @property
+    def hidden_size(self) -> int:
+        """Width D of the decoder's hidden states."""
+        return int(self.model.get_input_embeddings().weight.shape[1])
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Input embeddings [..., D] of tokens [...], without positions."""
+        return F.embedding(tokens, self.model.get_input_embeddings().weight)
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [..., V] of last hidden states [..., D]."""
+        out: torch.Tensor = self.model.get_output_embeddings()(hidden)
+        return out
 
     @contextmanager
     def _placed(self, positions: torch.Tensor | None) -> Iterator[None]:
@@ -311,6 +364,23 @@ def _context_limit(config: Any) -> int | None:
     return None
 
 
+def join_features(parts: Sequence[Features]) -> Features:
+    """Features of consecutive tokens as one, joined along N."""
+    if len(parts) == 1:
+        return parts[0]
+    finals = [p.final for p in parts if p.final is not None]
+    layers = {i: torch.cat([p.layers[i] for p in parts], 1) for i in parts[0].layers}
+    return Features(torch.cat(finals, 1) if finals else None, layers)
+
+
+def cut_features(features: Features | None, nodes: slice) -> Features | None:
+    """Features of some of the N tokens."""
+    if features is None:
+        return None
+    final = None if features.final is None else features.final[:, nodes]
+    return Features(final, {i: x[:, nodes] for i, x in features.layers.items()})
+
+
 class SlotSession:
     """A session of an attention model on a :class:`~isthmus.decoding.cache.SlotCache`.
 
@@ -337,9 +407,10 @@ class SlotSession:
         """Cached tokens of each row."""
         return self.cache.lengths
 
-    def prefill(self, rows: Sequence[torch.Tensor]) -> None:
+    def prefill(self, rows: Sequence[torch.Tensor], *, taps: Taps | None = None) -> Features | None:
         """Cache the tokens of each row, one int64 [T_b] tensor a row."""
         longest = max(len(r) for r in rows)
+        chunks = []
         for start in range(0, longest, PREFILL_CHUNK):
             parts = [r[start : start + PREFILL_CHUNK] for r in rows]
             width = max(len(p) for p in parts)
@@ -348,10 +419,11 @@ class SlotSession:
             path = torch.stack([torch.where(steps < len(p), steps, -1) for p in parts])
             valid = None if bool((path >= 0).all()) else (path >= 0).to(self.target.device)
             tree = TokenTree(tokens.to(self.target.device), chain_topology(width), valid)
-            self._run(tree, last_only=True)
+            chunks.append(self._run(tree, taps=taps, last_only=True).features)
             self.keep(path.to(self.target.device))
+        return join_features([c for c in chunks if c is not None]) if taps else None
 
-    def score(self, tree: TokenTree, *, hidden: bool = False) -> Scores:
+    def score(self, tree: TokenTree, *, taps: Taps | None = None) -> Scores:
         """Run the model on a tree; see :class:`isthmus.roles.Session`.
 
         Raises:
@@ -361,9 +433,9 @@ class SlotSession:
             raise InvalidInputError(
                 f"{type(self.target.model).__name__} scores chains only; use tree.first_chain()"
             )
-        return self._run(tree, hidden=hidden)
+        return self._run(tree, taps=taps)
 
-    def _run(self, tree: TokenTree, *, hidden: bool = False, last_only: bool = False) -> Scores:
+    def _run(self, tree: TokenTree, *, taps: Taps | None = None, last_only: bool = False) -> Scores:
         cache, target = self.cache, self.target
         cache.reserve(tree.nodes)
         mask: Any = None
@@ -381,7 +453,7 @@ class SlotSession:
             mask=mask,
             cache=self._hub,
             encoded=self.encoded,
-            hidden=hidden,
+            taps=taps,
             last_only=last_only,
         )
 
@@ -475,24 +547,24 @@ class RecurrentSession:
         """Cached tokens of the row, pending ones included."""
         return [self.length]
 
-    def _feed(self, cache: DynamicCache, tokens: list[int], hidden: bool = False) -> Scores:
+    def _feed(self, cache: DynamicCache, tokens: list[int], taps: Taps | None = None) -> Scores:
         block = torch.tensor([tokens], device=self.target.device)
-        return self.target.forward(block, cache=cache, hidden=hidden)
+        return self.target.forward(block, cache=cache, taps=taps)
 
-    def prefill(self, rows: Sequence[torch.Tensor]) -> None:
+    def prefill(self, rows: Sequence[torch.Tensor], *, taps: Taps | None = None) -> Features | None:
         """Run the tokens into the state: one forward from an empty state, else as reach allows."""
         tokens = rows[0].tolist()
         if not tokens:
-            return
+            return None
         if self.length == 0 or self.target.reach != "step":
-            self._feed(self.base, self.pending + tokens)
+            features = [self._feed(self.base, self.pending + tokens, taps).features]
             self.pending = []
         else:
-            for token in tokens:
-                self._feed(self.base, [token])
+            features = [self._feed(self.base, [token], taps).features for token in tokens]
         self.length += len(tokens)
+        return join_features([f for f in features if f is not None]) if taps else None
 
-    def score(self, tree: TokenTree, *, hidden: bool = False) -> Scores:
+    def score(self, tree: TokenTree, *, taps: Taps | None = None) -> Scores:
         """Run a chain (or a bare root, where reach is ``"step"``).
 
         Raises:
@@ -505,10 +577,9 @@ class RecurrentSession:
         # a bare root is always kept, so the state may advance in place
         alone = tree.nodes == 1 and not self.pending
         self._ahead = self.base if alone else copy.deepcopy(self.base)
-        scores = self._feed(self._ahead, self.pending + self._block, hidden)
+        scores = self._feed(self._ahead, self.pending + self._block, taps)
         n = tree.nodes
-        states = None if scores.hidden is None else scores.hidden[:, -n:]
-        return Scores(scores.logits[:, -n:], states)
+        return Scores(scores.logits[:, -n:], cut_features(scores.features, slice(-n, None)))
 
     def keep(self, path: torch.Tensor) -> None:
         """Commit the first M tokens of the last chain."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from isthmus.decoding.acceptance import Coupled, Lossless
-from isthmus.decoding.engine import Request, decode
+from isthmus.decoding.engine import Request, decode, wanted
 from isthmus.decoding.law import Law
 from isthmus.decoding.policy import Fixed
 from isthmus.decoding.stopping import Stopper
@@ -135,7 +135,7 @@ class _Watched:
     def __init__(self, drafter: Drafter, target: Target) -> None:
         self.drafter, self.name = drafter, drafter.name
         self.vocab_size = target.vocab_size
-        self.wants_hidden = bool(getattr(drafter, "wants_hidden", False))
+        self.taps = wanted(drafter)
         self.seen: list[list[list[int]]] = []
         self.begin = drafter.begin
         self.observe = drafter.observe

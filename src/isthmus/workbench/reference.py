@@ -7,6 +7,8 @@
 
 `reference` returns a folder that transformers loads. The model ``pycode-t`` ships inside the
 package; its drafts ``pycode-s`` and ``pycode-xs`` share its tokenizer and take minutes to train.
+So do the models of generated tasks, which are marked on held-out problems: ``sums-l`` solves
+nearly all of them and ``sums-s`` about every other one; ``dates`` is an encoder-decoder.
 From the command line: ``python -m isthmus.workbench.reference pycode-s``.
 """
 
@@ -46,6 +48,7 @@ import isthmus
 from isthmus.errors import BrokenFileError, InvalidInputError, IsthmusError, UnknownNameError
 from isthmus.folders import cache_folder
 from isthmus.workbench import pycode
+from isthmus.workbench._tasks import MARKED, DatesCourse, SumsCourse, TaskRecipe
 from isthmus.workbench._training import Progress, Recipe, Trainer, build, evaluate, pack
 from isthmus.workbench.tokenizer import end_id, load_tokenizer, train_tokenizer
 
@@ -61,6 +64,20 @@ _MAKERS = (
         intermediate_size=896,
         steps=530,
         decay_share=0.37,
+    ),
+    # the target of claims that train several drafters: a forward is cheap, a vocabulary small
+    Recipe(
+        name="pycode-m",
+        hidden_size=128,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        head_dim=32,
+        intermediate_size=352,
+        vocab_size=1024,
+        batch_size=8,
+        sequence_length=512,
+        steps=800,
+        decay_share=0.4,
     ),
     Recipe(
         name="pycode-s",
@@ -96,6 +113,9 @@ def fingerprint(recipe: Recipe) -> str:
         Twelve hexadecimal digits.
     """
     state = hashlib.sha256(json.dumps(recipe.as_dict(), sort_keys=True).encode())
+    if isinstance(recipe, TaskRecipe):
+        state.update(recipe.digest().encode())
+        return state.hexdigest()[:12]
     embedded = EMBEDDED / "pycode-t" / "tokenizer.json"
     if embedded.exists():
         state.update(embedded.read_bytes())
@@ -150,7 +170,7 @@ def train(
         recipe: What to train.
         folder: Where to publish; replaced as a whole, at the end.
         progress: Show a progress bar, if standard error is a terminal.
-        documents: Training texts instead of those of `pycode`.
+        documents: Training texts instead of those of `pycode`; a generated task takes none.
         snapshots: Folder to publish the unfinished model in now and then.
         snapshot_every_s: Seconds between snapshots.
         held_out_windows: Number of held-out sequences to measure on; None takes all.
@@ -164,8 +184,11 @@ def train(
     for place in (folder, snapshots):
         if place is not None:
             _check_replaceable(place)
-    corpus = pycode.digest()
-    if documents is None:
+    task = isinstance(recipe, TaskRecipe)
+    corpus = recipe.digest() if isinstance(recipe, TaskRecipe) else pycode.digest()
+    if task:
+        documents = ()
+    elif documents is None:
         documents = pycode.training_texts(recipe.library_repeats)
     else:
         corpus = hashlib.sha256("\0".join([corpus, *documents]).encode()).hexdigest()
@@ -179,7 +202,11 @@ def train(
     try:
         if _is_complete(folder, recipe):  # Made by another process while this one waited.
             return
-        tokenizer = _tokenizer(recipe.vocab_size)
+        tokenizer = (
+            recipe.tokenizer()
+            if isinstance(recipe, TaskRecipe)
+            else _tokenizer(recipe.vocab_size)
+        )
         trainer = Trainer(
             recipe,
             _encode(tokenizer, documents),
@@ -187,6 +214,7 @@ def train(
             corpus=corpus,
             directory=state,
             device="cuda" if torch.cuda.is_available() else "cpu",
+            course=recipe.course() if isinstance(recipe, TaskRecipe) else None,
         )
         with _bar(recipe, progress) as show:
             published = time.monotonic()
@@ -233,9 +261,12 @@ def export(
             config.dtype = torch.bfloat16
             config.architectures = [type(trainer.model).__name__]
             config.save_pretrained(temporary)
-            GenerationConfig(
+            generation = GenerationConfig(
                 bos_token_id=trainer.end, eos_token_id=trainer.end, pad_token_id=trainer.end
-            ).save_pretrained(temporary)
+            )
+            if isinstance(trainer.course, SumsCourse | DatesCourse):
+                generation = trainer.course.generation()
+            generation.save_pretrained(temporary)
             # Tied weights are listed once, as transformers expects of a file.
             weights = trainer.model.named_parameters()
             save_file(
@@ -258,6 +289,10 @@ def export(
 
 def _card(trainer: Trainer, held_out: dict[str, Any]) -> dict[str, Any]:
     recipe = trainer.recipe
+    corpus = "pycode"
+    data = "Python standard library source, Python Software Foundation License"
+    if isinstance(recipe, TaskRecipe):
+        corpus, data = recipe.task, "generated"
     return {
         "name": recipe.name,
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
@@ -279,8 +314,8 @@ def _card(trainer: Trainer, held_out: dict[str, Any]) -> dict[str, Any]:
             "transformers": transformers.__version__,
             "tokenizers": tokenizers.__version__,
         },
-        "corpus": {"name": "pycode", "sha256": trainer.corpus},
-        "data": "Python standard library source, Python Software Foundation License",
+        "corpus": {"name": corpus, "sha256": trainer.corpus},
+        "data": data,
     }
 
 
@@ -290,7 +325,12 @@ def _held_out(
     trainer: Trainer,
     windows: int | None,
 ) -> dict[str, Any]:
-    """Loss of the weights in a folder, computed in float32."""
+    """Loss of the weights in a folder, computed in float32; of a task, the share it solves."""
+    if isinstance(trainer.course, SumsCourse | DatesCourse):
+        marked: Any = trainer.course.build()
+        marked.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+        marked.generation_config = trainer.course.generation()
+        return trainer.course.marks(marked.to(trainer.device).eval(), windows or MARKED)
     length = trainer.recipe.sequence_length
     model: nn.Module = build(trainer.recipe, token_id=trainer.end)
     model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)

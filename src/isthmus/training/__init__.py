@@ -1,0 +1,1 @@
+"""How what is trained here is trained."""
