@@ -18,13 +18,11 @@ chosen by the target and has none yet; level k proposes ``x_{t+1+k}``.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -88,6 +86,7 @@ class Batch:
         target_logits: The target's logits at each token [B, T, V], so ``target_logits[:, i]`` is
             the law of ``x_{i+1}``.
         generator: Source of noise and sampling in a loss.
+        past: The target's cached keys and values of these tokens, for drafters that read them.
     """
 
     ids: torch.Tensor
@@ -95,6 +94,7 @@ class Batch:
     features: Features
     target_logits: torch.Tensor
     generator: torch.Generator
+    past: Any = None
 
     @property
     def final(self) -> torch.Tensor:
@@ -128,6 +128,8 @@ class TrainedDrafter(nn.Module):
     name = ""
     settings_type: ClassVar[type]
     taps: Taps = Taps(final=True)
+    reads_cache: ClassVar[bool] = False  # whether a loss wants the target's keys and values
+    session: Any = None  # the target at work, as of the last call
 
     def __init__(self, target: HubTarget, settings: Any = None) -> None:
         super().__init__()
@@ -135,6 +137,7 @@ class TrainedDrafter(nn.Module):
         self.target = target
         self.sizes = LayerSizes.of(target.config)
         self.training_record: dict[str, Any] = {}
+        self.stop_rule: Callable[[torch.Tensor], bool] | None = None  # a policy may set one
         self._ready: torch.Tensor | None = None
         self._check_target()
 
@@ -192,6 +195,7 @@ class TrainedDrafter(nn.Module):
                 f"{type(self).__name__}.from_pretrained(folder, target)"
             )
         self.eval()
+        self.session = context.session
         self.reset(context.batch)
         self._ready = torch.zeros(context.batch, dtype=torch.bool, device=self.target.device)
         features = context.features
@@ -208,6 +212,7 @@ class TrainedDrafter(nn.Module):
     def observe(self, step: Step) -> None:
         """Catch up with the accepted path and its true features."""
         assert step.features is not None
+        self.session = step.context.session
         path = step.verdict.path
         index, valid = path.clamp(min=0), path >= 0
         tokens = step.tree.tokens.gather(1, index)  # root and accepted nodes
@@ -242,6 +247,7 @@ class TrainedDrafter(nn.Module):
     def propose(self, context: Context, shape: Shape) -> TokenTree:
         """A chain where the shape asks for one, else a best-first tree."""
         assert self._ready is not None
+        self.session = context.session
         roots = context.roots().to(self.target.device)
         depth = min(shape.depth, shape.nodes, self.max_depth)
         if depth < 1 or not bool(self._ready.any()):
@@ -267,7 +273,7 @@ class TrainedDrafter(nn.Module):
 
     def stops(self, logits: torch.Tensor) -> bool:
         """Whether a chain ends here, before the next token is drawn from logits [B, V]."""
-        return False
+        return self.stop_rule is not None and self.stop_rule(logits)
 
     def _chain(self, context: Context, roots: torch.Tensor, depth: int) -> TokenTree:
         level = Level(
@@ -315,7 +321,12 @@ class TrainedDrafter(nn.Module):
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """The target's frozen head: logits [..., V] of states that imitate its last ones."""
-        logits = self.target.head(hidden)
+        if torch.is_grad_enabled():  # no gradient is kept for what stays as it is
+            module = self.target.model.get_output_embeddings()
+            frozen = {name: p.detach() for name, p in module.named_parameters()}
+            logits: torch.Tensor = torch.func.functional_call(module, frozen, (hidden,))
+        else:
+            logits = self.target.head(hidden)
         return logits if self._head_scale == 1.0 else logits * self._head_scale
 
     def _check_target(self) -> None:
@@ -408,7 +419,7 @@ class TrainedDrafter(nn.Module):
                 )
             tensors = load_file(weights)
             settings = cls.settings_type(**_tuples(config["settings"]))
-            drafter = cls(target, settings)
+            drafter = cls(target, settings).to(target.device, target.dtype)
             drafter.load_state_dict(tensors)
         except (OSError, SafetensorError, TypeError, RuntimeError) as error:
             first = str(error).strip().splitlines()[0]
@@ -446,11 +457,10 @@ def check_replaceable(folder: Path) -> None:
     Raises:
         InvalidInputError: It holds files and no drafter.
     """
-    with contextlib.suppress(FileNotFoundError):
-        if any(os.scandir(folder)) and not (folder / CONFIG).exists():
-            raise InvalidInputError(
-                f"{folder} holds something that is no drafter; choose a new folder"
-            )
+    if not folder.exists() or (folder / CONFIG).exists():
+        return
+    if not folder.is_dir() or any(folder.iterdir()):
+        raise InvalidInputError(f"{folder} holds something that is no drafter; choose a new folder")
 
 
 def target_fingerprint(target: HubTarget) -> str:
