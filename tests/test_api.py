@@ -10,7 +10,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 import isthmus
+from isthmus import registry
 from isthmus.api import Model
+from isthmus.cli.main import main
+from isthmus.decoding.drafters import PromptLookup
+from isthmus.decoding.generation import Generation
+from isthmus.decoding.policy import Fixed
+from isthmus.decoding.tree import TokenTree
 from isthmus.errors import (
     BrokenFileError,
     InvalidInputError,
@@ -18,6 +24,7 @@ from isthmus.errors import (
     UnknownNameError,
     UnsupportedModelError,
 )
+from isthmus.roles import Context, Shape, Verdict
 from isthmus.workbench import pycode
 
 DRAFTERS = ("none", "prompt-lookup", "token-recycling", "auto")
@@ -200,3 +207,53 @@ def test_a_draft_model_with_another_vocabulary_is_refused(checkpoint: Path, tmp_
     (other / "tokenizer.json").write_text(json.dumps(vocabulary))
     with pytest.raises(MismatchError, match="same family"):
         isthmus.load(checkpoint, draft_model=other)
+
+
+class Shout:
+    """A strategy: its own loop, and not the model's own text."""
+
+    role = "strategy"
+
+    @classmethod
+    def for_model(cls, model: Model) -> "Shout":
+        return cls()
+
+    def generate(
+        self, ids: torch.Tensor, *, max_new_tokens: int, temperature: float = 0.0, seed: int | None
+    ) -> Generation:
+        return Generation(tokens=[5] * max_new_tokens, lossless=False, finish_reason="length")
+
+
+def test_a_strategy_decodes_in_its_own_loop(
+    embedded: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load = registry.load
+    monkeypatch.setattr(
+        registry, "load", lambda slug: Shout if slug == "token-recycling" else load(slug)
+    )
+    two = embedded.generate(["a", "b"], max_new_tokens=3, drafter="token-recycling")
+    assert [g.tokens for g in two] == [[5, 5, 5]] * 2 and two[0].drafter == "token-recycling"
+    text = "".join(embedded.stream("a", max_new_tokens=3, drafter="token-recycling"))
+    assert text == embedded.tokenizer.decode([5, 5, 5]) == embedded.last.text
+    with pytest.raises(InvalidInputError, match="takes no stop, top_k"):
+        embedded.generate("a", drafter="token-recycling", stop=["x"], top_k=3)
+    assert main(["generate", "a", "--drafter", "token-recycling", "-n", "2"]) == 0
+    assert "lossless: no" in capsys.readouterr().err
+
+
+def test_a_drafter_may_bring_its_own_acceptance_rule(embedded: Model) -> None:
+    class Never:
+        """Accepts nothing and says so."""
+
+        lossless = False
+
+        def accept(self, tree: TokenTree, logits: torch.Tensor, context: Context) -> Verdict:
+            return Verdict(torch.zeros(tree.batch, 1, dtype=torch.int64), logits[:, 0].argmax(-1))
+
+    class Own(PromptLookup):
+        acceptance = Never()
+
+    policy = Fixed(Own(), Shape(4, 4, 1))
+    out = embedded.generate("a b a b a b", max_new_tokens=6, drafter=policy)
+    assert not out.lossless and out.stats.target_forwards == 6
+    assert embedded.generate("a b a b a b", max_new_tokens=6, drafter="prompt-lookup").lossless

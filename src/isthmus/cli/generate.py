@@ -43,7 +43,8 @@ def generate(
         prompt: Text to continue (for encoder-decoder models: the source text).
         file: Read the prompt from a file instead; "-" is standard input.
         model: Folder or hub id of a checkpoint, or a reference model; default the embedded one.
-        drafter: auto, none, prompt-lookup, or a system such as token-recycling.
+        drafter: auto, none, prompt-lookup, a system such as token-recycling, or the folder of a
+            drafter made by isthmus train.
         draft_model: Smaller model with the same vocabulary, for drafters that need one.
         num_draft_tokens: Draft tokens a round, instead of the drafter's default.
         max_new_tokens: Tokens to write at most.
@@ -103,7 +104,8 @@ def generate(
     sys.stdout.flush()
     for note in result.notes:
         print(f"note: {note}", file=sys.stderr)
-    print(f"[{result.drafter}] {result.stats.line()}", file=sys.stderr)
+    law = "" if result.lossless else ", lossless: no (the text may differ from plain decoding)"
+    print(f"[{result.drafter}] {result.stats.line()}{law}", file=sys.stderr)
     return code
 
 

@@ -6,18 +6,25 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from isthmus import registry
-from isthmus.claims import Entry, render_entry, shipped_ledger
+from isthmus.claims import Entry, number, render_entry, shipped_ledger
 from isthmus.cli.output import console, print_json
 from isthmus.registry import SystemInfo
 
 Json = Annotated[bool, Parameter(name="--json", negative="")]
 
 
-def systems(*, family: str | None = None, json: Json = False) -> None:
+def systems(
+    *,
+    family: str | None = None,
+    measured: Annotated[bool, Parameter(negative="")] = False,
+    json: Json = False,
+) -> None:
     """List the systems and what became of each.
 
     Args:
         family: Only the systems of this family.
+        measured: Show the first row of each claim instead of the idea: the baseline, the system,
+            and the system with its mechanism switched off.
         json: Print one JSON object and nothing else.
     """
     found = registry.systems(family)
@@ -29,12 +36,32 @@ def systems(*, family: str | None = None, json: Json = False) -> None:
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("system", no_wrap=True)
+    if measured:
+        for column in ("lossless", "measured", "unit", "baseline", "ours", "off", "claim"):
+            table.add_column(column, justify="right" if column in NUMBERS else "left")
+        for info in found:
+            table.add_row(info.slug, *_first_row(info, ledger.get(info.slug)))
+        console().print(table)
+        return
     table.add_column("family", no_wrap=True)
     table.add_column("idea")
     table.add_column("claim", no_wrap=True)
     for info in found:
         table.add_row(info.slug, info.family, info.idea, _status(ledger.get(info.slug)))
     console().print(table)
+
+
+#: Columns of numbers in the table of ``isthmus systems --measured``.
+NUMBERS = ("baseline", "ours", "off")
+
+
+def _first_row(info: SystemInfo, entry: Entry | None) -> list[str]:
+    lossless = {True: "yes", False: "no", None: ""}[info.lossless]
+    if entry is None or not entry.claim.rows:
+        return [lossless, "", "", "", "", "", _status(entry)]
+    row = entry.claim.rows[0]
+    numbers = [number(value) for value in (row.baseline, row.ours, row.off)]
+    return [lossless, row.metric, row.unit, *numbers, entry.claim.status.value]
 
 
 def show(slug: str, /, *, json: Json = False) -> None:

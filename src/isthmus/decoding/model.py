@@ -25,6 +25,9 @@ from isthmus.roles import Acceptance, Policy, Shape
 
 BUILT_IN = ("none", "auto", "prompt-lookup")
 
+NEUTRAL = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "processors": ()}
+"""Values of the sampling options that change nothing."""
+
 
 def drafters() -> list[str]:
     """Names that ``drafter=`` takes."""
@@ -100,6 +103,27 @@ class Model:
             IsthmusError: Bad input; the message says what to do.
         """
         many = isinstance(prompt, (list, tuple)) and not _is_ids(prompt)
+        strategy = self._strategy(drafter)
+        if strategy is not None:
+            given = [name for name, value in (("stop", stop), ("law", law)) if value]
+            given += [name for name, value in sampling.items() if value != NEUTRAL.get(name)]
+            given = [name for name in given if name != "temperature"]
+            if given:
+                raise InvalidInputError(
+                    f"{drafter} has its own decoding loop and takes no {', '.join(given)}"
+                )
+            answers = [
+                self._follow(
+                    strategy,
+                    p,
+                    name=str(drafter),
+                    max_new_tokens=max_new_tokens,
+                    temperature=float(sampling.get("temperature", 0.0)),
+                    seed=seed,
+                )
+                for p in (prompt if many else [prompt])
+            ]
+            return answers if many else answers[0]
         job = self._job(
             list(prompt) if many else [prompt],
             max_new_tokens=max_new_tokens,
@@ -142,6 +166,10 @@ class Model:
             New text, never taken back. The generator's return value is the
             :class:`~isthmus.decoding.generation.Generation`.
         """
+        if self._strategy(options.get("drafter", "auto")) is not None:
+            self.last = self.generate(prompt, **options)
+            yield self.last.text
+            return self.last
         job = self._job([prompt], **options)
         result = job.requests[0].result
         stopper = job.requests[0].stopper
@@ -219,6 +247,20 @@ class Model:
                 )
             return system(self.draft_model)
         return system()
+
+    def _strategy(self, drafter: str | Policy) -> Any:
+        """The system of that name bound to this model, if it has a decoding loop of its own."""
+        if not isinstance(drafter, str) or drafter in BUILT_IN or drafter not in drafters():
+            return None
+        system: Any = registry.load(drafter)
+        return system.for_model(self) if getattr(system, "role", "") == "strategy" else None
+
+    def _follow(self, strategy: Any, prompt: Any, *, name: str, **options: Any) -> Generation:
+        result: Generation = strategy.generate(self.encode(prompt), **options)
+        result.drafter = name
+        if self.tokenizer is not None and not result.text:
+            result.text = self.tokenizer.decode(result.tokens, skip_special_tokens=True)
+        return result
 
     def _auto(self) -> Policy:
         if self.target.reach == "step":
