@@ -1,8 +1,9 @@
 """Acceptance rules: which draft tokens stand, and which token the target adds at the end.
 
-All rules here keep the law of plain decoding exactly (``lossless``). The proof of the sampled one,
-:class:`Rejection`, in one line: with x ~ q, ``min(p, q) + (1 - sum min(p, q)) r = p`` for
-``r = norm((p - q)+)``; for several candidates the same step is applied backwards from the last one.
+All rules here but :class:`Typical` keep the law of plain decoding exactly (``lossless``). The proof
+of the sampled one, :class:`Rejection`, in one line: with x ~ q, ``min(p, q) + (1 - sum min(p, q)) r
+= p`` for ``r = norm((p - q)+)``; for several candidates the same step is applied backwards from the
+last one.
 
 Numerics: ratio tests are products, never divisions, and strict (``u q(x) < p(x)`` with u in
 [0, 1), so an impossible token never passes at u = 0); residuals are normalised in float64; a
@@ -139,12 +140,16 @@ class Rejection:
     Args:
         renormalise: Off, q is not renormalised after a rejection of a draw without replacement:
             the classic mistake, kept for the test that must catch it.
+
+    Attributes:
+        residual: Law that the last tree's final token was drawn from, float64 [B, V].
     """
 
     lossless = True
 
     def __init__(self, *, renormalise: bool = True) -> None:
         self.renormalise = renormalise
+        self.residual: torch.Tensor | None = None
 
     def accept(self, tree: TokenTree, logits: torch.Tensor, context: Context) -> Verdict:
         """See :class:`isthmus.roles.Acceptance`."""
@@ -202,9 +207,94 @@ class Rejection:
             p = torch.where(done[:, None], p, _at(law, node))
             if bool(done.all()):
                 break
+        self.residual = p
         steps = torch.stack(path, 1)
         width = int((steps >= 0).sum(1).max())
         return Verdict(steps[:, :width], torch.multinomial(p, 1, generator=generator)[:, 0])
+
+
+class KSequential(Rejection):
+    """k-sequential selection among siblings drawn with replacement (SpecTr, 2310.15141, alg. 3).
+
+    Child x stands when ``u < p(x) / (gamma q(x))``, each child against the same p; the scale gamma
+    in [1, k] is the smallest that leaves a residual without negative mass.
+    """
+
+    def verify(self, tree: TokenTree, law: torch.Tensor, generator: torch.Generator) -> Verdict:
+        """Run the rule on probabilities [B, N, V] in float64."""
+        if tree.nodes > 1 and tree.draw != "iid":
+            raise InvalidInputError("k-sequential selection needs siblings drawn with replacement")
+        b, alive = law.shape[0], tree.alive
+        if tree.nodes == 1 or tree.q is None:
+            return super().verify(tree, law, generator)
+        children = tree.topology.children.expand(b, -1, -1)
+        k_max = children.shape[2]
+        node = torch.zeros(b, dtype=torch.int64, device=law.device)
+        done = torch.zeros(b, dtype=torch.bool, device=law.device)
+        p = law[:, 0]
+        path = [node]
+        for _ in range(tree.topology.max_depth):
+            kids = _at(children, node)  # [B, K]
+            open_ = (kids >= 0) & alive.gather(1, kids.clamp(min=0)) & ~done[:, None]
+            q = _at(tree.q, node).double()  # [B, V]
+            gamma, share, rest = k_sequential(p, q, open_.sum(1))
+            x = tree.tokens.gather(1, kids.clamp(min=0))
+            u = torch.rand(b, k_max, generator=generator, dtype=torch.float64, device=law.device)
+            stands = open_ & (u * gamma[:, None] * q.gather(1, x) < p.gather(1, x))
+            first = stands.to(torch.uint8).argmax(1, keepdim=True)
+            found = stands.any(1)
+            tried = open_.any(1) & (share > 0)
+            p = torch.where((tried & ~found)[:, None], rest, p)
+            done |= ~found
+            path.append(torch.where(found, kids.gather(1, first)[:, 0], -1))
+            node = torch.where(found, path[-1], node)
+            p = torch.where(found[:, None], _at(law, node), p)
+            if bool(done.all()):
+                break
+        steps = torch.stack(path, 1)
+        width = int((steps >= 0).sum(1).max())
+        return Verdict(steps[:, :width], torch.multinomial(p, 1, generator=generator)[:, 0])
+
+
+def k_sequential(
+    p: torch.Tensor, q: torch.Tensor, k: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scale, acceptance of one candidate and residual of k-sequential selection.
+
+    With ``beta = sum min(q, p / gamma)`` one of k candidates stands with ``1 - (1 - beta)^k``;
+    gamma solves ``1 - (1 - beta)^k = gamma beta`` by bisection, from the valid side.
+
+    Args:
+        p: Target laws float64 [B, V].
+        q: Draft laws float64 [B, V].
+        k: Candidates of each row, int64 [B].
+
+    Returns:
+        gamma [B], beta [B] and the law of the token when none stands [B, V].
+
+    Example:
+        >>> half = torch.full((1, 2), 0.5, dtype=torch.float64)
+        >>> gamma, beta, _ = k_sequential(half, half, torch.tensor([1]))
+        >>> gamma.item(), beta.item()
+        (1.0, 1.0)
+    """
+    count = k.double().clamp(min=1.0)
+
+    def one(gamma: torch.Tensor) -> torch.Tensor:
+        return torch.minimum(q, p / gamma[:, None]).sum(-1)
+
+    low, high = torch.ones_like(count), count
+    for _ in range(32):
+        middle = (low + high) / 2
+        beta = one(middle)
+        valid = 1.0 - (1.0 - beta).clamp(min=0.0) ** count <= middle * beta
+        low, high = torch.where(valid, low, middle), torch.where(valid, middle, high)
+    beta = one(high)
+    some = 1.0 - (1.0 - beta).clamp(min=0.0) ** count
+    scale = torch.where(beta > 0, some / beta.clamp(min=NOTHING), 0.0)
+    rest = (p - torch.minimum(q, p / high[:, None]) * scale[:, None]).clamp(min=0.0)
+    mass = rest.sum(-1, keepdim=True)
+    return high, beta, torch.where(mass < NOTHING, p, rest / mass.clamp(min=NOTHING))
 
 
 def _at(table: torch.Tensor, node: torch.Tensor) -> torch.Tensor:
@@ -258,6 +348,64 @@ class Coupled:
             ]
         )
         return match_path(tree, (scores + noise.to(scores.device)).argmax(-1))
+
+
+class Typical:
+    """Typical acceptance: a draft token stands when the target finds it likely enough. Lossy.
+
+    Token x stands below a standing node when ``p(x) > min(eps, delta * exp(-H(p)))`` (Medusa,
+    2401.10774, sec. 2.3.1): the less sure the target is, the more it lets pass. The longest path
+    wins, the likeliest one among equals. The final token is the target's argmax, or a draw among
+    its typical tokens when sampling. The mode always stands, so no round is in vain.
+
+    Args:
+        eps: A token of more probability than this always stands, 0 to 1.
+        delta: Threshold by entropy, 0 to below 1.
+
+    Raises:
+        InvalidInputError: A threshold is out of range.
+    """
+
+    lossless = False
+
+    def __init__(self, eps: float = 0.09, delta: float = 0.3) -> None:
+        if not (0.0 <= eps <= 1.0 and 0.0 <= delta < 1.0):
+            raise InvalidInputError(
+                f"eps must be from 0 to 1 and delta from 0 to below 1, got {eps} and {delta}"
+            )
+        self.eps, self.delta = eps, delta
+
+    def accept(self, tree: TokenTree, logits: torch.Tensor, context: Context) -> Verdict:
+        """See :class:`isthmus.roles.Acceptance`."""
+        _check_finite(logits)
+        probs = context.law.probs(logits, tree, context)
+        entropy = -torch.special.xlogy(probs, probs).sum(-1)
+        bar = (self.delta * torch.exp(-entropy)).clamp(max=self.eps)  # [B, N]
+        topology, (b, n) = tree.topology, tree.tokens.shape
+        parent = topology.parent.clamp(min=0).expand(b, -1)
+        rows = torch.arange(b, device=logits.device)[:, None]
+        own = probs[rows, parent, tree.tokens]
+        passed = own > bar.gather(1, parent)
+        passed[:, 0] = True
+        above = topology.ancestors.expand(b, -1, -1)
+        stands = ~(above & ~(passed & tree.alive)[:, None, :]).any(-1)
+        score = own.log().masked_fill(~stands, 0.0)
+        score[:, 0] = 0.0
+        likelihood = (above * score[:, None, :]).sum(-1)
+        depth = topology.depth.expand(b, -1).masked_fill(~stands, -1)
+        # the deepest level first, then the likeliest path on it
+        deepest = depth == depth.amax(1, keepdim=True)
+        last = likelihood.masked_fill(~deepest, -torch.inf).argmax(1)
+        order = torch.where(above[rows[:, 0], last], torch.arange(n, device=logits.device), n)
+        path = order.sort(1).values[:, : int(depth.amax()) + 1]
+        final = probs[rows[:, 0], last]
+        if context.law.greedy:
+            token = final.argmax(-1)
+        else:
+            # the mode has p >= exp(-H), so it passes and something is left to draw
+            kept = final.masked_fill(final <= bar[rows[:, 0], last][:, None], 0.0)
+            token = torch.multinomial(kept, 1, generator=context.generator)[:, 0]
+        return Verdict(torch.where(path < n, path, -1), token)
 
 
 class Lossless:

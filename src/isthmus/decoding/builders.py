@@ -425,6 +425,33 @@ class RankTree:
         return TokenTree(torch.cat([roots[:, None].to(tokens), tokens], 1), topology)
 
 
+@lru_cache(maxsize=64)
+def sliced(branching: tuple[int, ...]) -> tuple[Topology, ...]:
+    """One tree, and its leading block for every number of levels (2409.10644, sec. 3.2).
+
+    In breadth-first order the first levels of a tree are a tree, so its mask is a corner of the
+    whole tree's mask and is never rebuilt.
+
+    Args:
+        branching: Children of every node on each level.
+
+    Returns:
+        The trees of 0, 1, ... levels.
+
+    Example:
+        >>> [t.nodes for t in sliced((2, 2))], sliced((2, 2))[1].parent.tolist()
+        ([1, 3, 7], [[-1, 0, 0]])
+    """
+    parents, level, ends = [-1], [0], [1]
+    for width in branching:
+        fresh = [node for node in level for _ in range(width)]
+        level = list(range(len(parents), len(parents) + len(fresh)))
+        parents += fresh
+        ends.append(len(parents))
+    whole = Topology.of(parents)
+    return tuple(whole.restrict(torch.arange(n), whole.parent[:, :n]) for n in ends)
+
+
 @lru_cache(maxsize=256)
 def _limited(tree: RankTree, nodes: int, depth: int, width: int) -> RankTree:
     """See :meth:`RankTree.limit`; kept, because its topology is built once."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from isthmus.decoding.builders import Growth, RankTree
 from isthmus.decoding.law import chain_logits
 from isthmus.decoding.tree import Draw, TokenTree, Topology, chain_topology, merge, stack
 from isthmus.errors import InvalidInputError, MismatchError, UnsupportedModelError
@@ -36,6 +37,7 @@ class PromptLookup:
     """
 
     name = "prompt-lookup"
+    pure = True
 
     def __init__(self, max_ngram: int = 3, min_ngram: int = 1) -> None:
         if not 1 <= min_ngram <= max_ngram:
@@ -98,6 +100,7 @@ class Union:
     def __init__(self, drafters: Sequence[Drafter]) -> None:
         self.drafters = list(drafters)
         self.name = "+".join(d.name for d in self.drafters)
+        self.pure = all(getattr(d, "pure", False) for d in self.drafters)
 
     def begin(self, context: Context, target: Target, **inputs: Any) -> None:
         """Start all of them."""
@@ -320,6 +323,106 @@ class ModelDrafter:
             tree = TokenTree(tokens, Topology.of(parent).to(device), None, draw, filler)
         return tree
 
+    def ready(self, context: Context, shape: Shape) -> Shape:
+        """Feed all but the roots and say what there is room for; for drafters of trees.
+
+        After it :meth:`laws` can be asked about trees that stand on the roots.
+        """
+        self._start = list(context.lengths)
+        depth = min(shape.depth, shape.nodes)
+        if self.model.max_length is not None:
+            depth = min(depth, self.model.max_length - max(context.lengths))
+        if depth < 1:
+            return shape.capped(0, 0)
+        before = self._unseen(context, 1)
+        if before is not None:
+            self._feed(before)
+        width = shape.width if self.model.reach == "tree" else 1
+        return shape.capped(shape.nodes, depth, width)
+
+    def laws(self, context: Context, tree: TokenTree) -> torch.Tensor:
+        """The draft model's processed logits at every node of a tree [B, N, V]; keeps none of it.
+
+        Needs :meth:`ready` before it in the same round.
+        """
+        assert self._session is not None
+        tree = tree.to(getattr(self.model, "device", tree.tokens.device))
+        # what was drawn above does not matter here, and a drawn tree would have to carry q
+        bare = TokenTree(tree.tokens, tree.topology, tree.valid)
+        logits = self._fit(self._session.score(bare).logits)
+        self._session.keep(torch.full_like(bare.tokens[:, :0], -1))
+        return context.law.logits(logits, bare, context) if self.process else logits.float()
+
+    def grow(
+        self,
+        context: Context,
+        shape: Shape,
+        *,
+        branch: int | None = None,
+        keep: int | None = None,
+        gain: float = 0.0,
+    ) -> tuple[TokenTree, torch.Tensor]:
+        """Draft the tree of the ``shape.nodes`` largest path probabilities, level by level.
+
+        See :func:`isthmus.decoding.builders.best_first`; each level is one forward of the draft
+        model over the nodes that can still have a child in the tree.
+
+        Args:
+            context: As in :meth:`propose`.
+            shape: Limits.
+            branch: Children of a node at most; ``shape.nodes`` when None.
+            keep: Nodes expanded on a level at most.
+            gain: Stop after a level that adds no more expected tokens than this in any row.
+
+        Returns:
+            The chosen tree, best nodes first, and its expected accepted tokens [B].
+        """
+        shape = self.ready(context, shape)
+        device = getattr(self.model, "device", context.ids.device)
+        roots = context.roots().to(device)
+        if shape.nodes == 0:
+            return TokenTree.root(roots), torch.zeros(len(roots), device=device)
+        growth = Growth(roots, shape.nodes)
+        branch = min(branch or shape.nodes, shape.width)
+        rows = torch.arange(len(roots), device=device)[:, None]
+        before = growth.expected()
+        for _ in range(shape.depth):
+            tree, place = growth.frontier()
+            law = self.laws(context, tree)[rows, place]  # [B, F, V]
+            level = growth.add(torch.log_softmax(law, -1), branch=branch, keep=keep)
+            now = growth.expected()
+            if level.tokens.shape[1] == 0 or not bool((now - before > gain).any()):
+                break
+            before = now
+        return growth.tree(), growth.expected()
+
+    def fill(self, context: Context, shape: Shape, plan: RankTree) -> TokenTree:
+        """Draft a static tree: the node of rank r below a node is its r-th likeliest child.
+
+        Args:
+            context: As in :meth:`propose`.
+            shape: Limits; what lies outside of them is left out.
+            plan: The tree, best or shallowest nodes first.
+        """
+        shape = self.ready(context, shape)
+        plan = plan.limit(shape.nodes, shape.depth, min(shape.width, self._vocab))
+        device = getattr(self.model, "device", context.ids.device)
+        tokens = context.roots().to(device)[:, None].repeat(1, len(plan.parents))
+        topology = plan.topology.to(device)
+        ranks = torch.tensor(plan.ranks, device=device)
+        parent, depth = topology.parent[0], topology.depth[0]
+        for level in range(1, topology.max_depth + 1):
+            inner = torch.unique(parent[depth == level])
+            needed = topology.ancestors[0, inner].any(0)[None].expand_as(tokens)
+            part = TokenTree(tokens, topology).prune(needed, closed=True)
+            place = torch.cumsum(needed[0], 0) - 1
+            fresh = (depth == level).nonzero()[:, 0]
+            law = self.laws(context, part)
+            best = law.topk(int(ranks[fresh].max()) + 1, -1).indices  # [B, N, k]
+            tokens = tokens.clone()
+            tokens[:, fresh] = best[:, place[parent[fresh]], ranks[fresh]]
+        return TokenTree(tokens, topology)
+
     def observe(self, step: Step) -> None:
         """Forget drafted tokens that were not accepted."""
         assert self._session is not None
@@ -345,6 +448,13 @@ def gumbel_top_k(logits: torch.Tensor, k: int, generator: torch.Generator) -> to
     Returns:
         int64 [..., k].
     """
-    u = torch.rand(logits.shape, generator=generator, device=logits.device, dtype=torch.float64)
-    noise = -torch.log(-torch.log(u.clamp(min=1e-300)))
+    noise = gumbel_noise(logits.shape, generator, logits.device)
     return (logits.double() + noise).topk(k, -1, sorted=True).indices
+
+
+def gumbel_noise(
+    shape: Sequence[int], generator: torch.Generator, device: torch.device | None = None
+) -> torch.Tensor:
+    """Gumbel(0) noise, float64: adding it to log-probabilities and taking the argmax is a draw."""
+    u = torch.rand(tuple(shape), generator=generator, device=device, dtype=torch.float64)
+    return -torch.log(-torch.log(u.clamp(min=1e-300)))
