@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isthmus.decoding.tree import Topology
-from isthmus.nn.masks import tree_mask
+from isthmus.nn.masks import additive, relaxed_mask, rollout_mask, tree_mask
 
 
 @settings(max_examples=60, deadline=None)
@@ -58,3 +58,33 @@ def test_why_masks_are_floats(kernel: str) -> None:
         wrong = model(ids, attention_mask=mask == 0, position_ids=positions).logits[0, -1]
     error = float((wrong - want).abs().max())
     assert (error > 1e-3) == (kernel == "eager")
+
+
+def test_rollout_rows_see_what_drafting_sees() -> None:
+    """Against the rule in words: real rows up to the anchor, and one's own draft so far."""
+    anchor = torch.arange(4).repeat(3)
+    depth = torch.arange(3).repeat_interleave(4)
+    seen = rollout_mask(anchor, depth)
+    for q in range(12):
+        for k in range(12):
+            a, d, b, e = (int(x) for x in (anchor[q], depth[q], anchor[k], depth[k]))
+            # a draft from place a has verified tokens at places up to a, and steps 1 .. d
+            drafted = {(i, 0) for i in range(a + 1)} | {(a, j) for j in range(1, d + 1)}
+            assert bool(seen[q, k]) == ((b, e) in drafted)
+    part = rollout_mask(anchor[8:], depth[8:], anchor, depth)
+    assert torch.equal(part, seen[8:])
+    mask = additive(seen)
+    assert mask.shape == (1, 1, 12, 12) and torch.equal(mask[0, 0] == 0, seen)
+
+
+def test_relaxed_blocks() -> None:
+    table = relaxed_mask(6, 2).int().tolist()
+    assert table == [
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 1, 1],
+        [1, 1, 1, 1, 1, 1],
+    ]
+    assert torch.equal(relaxed_mask(5, 1), torch.ones(5, 5).tril().bool())

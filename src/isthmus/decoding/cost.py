@@ -8,12 +8,16 @@ import math
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from isthmus.decoding.target import HubTarget
 from isthmus.decoding.tree import TokenTree, Topology, chain_topology
+from isthmus.errors import InvalidInputError
 from isthmus.folders import cache_folder
 
 NODES = (1, 2, 4, 8, 16, 32, 64)
@@ -43,15 +47,23 @@ class Cost:
         return dict(zip(self._nodes, self._times, strict=True))
 
     def observe(self, nodes: float, seconds: float) -> None:
-        """Learn from a forward that really ran: what is near in size moves most.
+        """Learn from a forward that really ran.
 
-        A first measurement may have met a busy machine, and caches grow; single outliers are
-        clipped.
+        A machine that is busy is slow at every size, so most of a surprise moves all sizes alike
+        and the rest what is near in size; single outliers are clipped.
         """
         factor = min(3.0, max(0.33, seconds / self(nodes)))
         for i, known in enumerate(self._nodes):
             distance = abs(math.log2(known / max(nodes, 1.0)))
-            self._times[i] *= factor ** (0.2 * math.exp(-distance))
+            self._times[i] *= factor ** (0.15 + 0.05 * math.exp(-distance))
+        # a larger forward is still never cheaper; what was seen last is trusted most
+        near = min(
+            range(len(self._nodes)), key=lambda i: abs(math.log2(self._nodes[i] / max(nodes, 1.0)))
+        )
+        for i in range(near + 1, len(self._times)):
+            self._times[i] = max(self._times[i], self._times[i - 1])
+        for i in range(near - 1, -1, -1):
+            self._times[i] = min(self._times[i], self._times[i + 1])
 
     def __call__(self, nodes: float) -> float:
         """Seconds of a forward of that many nodes, root included."""
@@ -61,6 +73,43 @@ class Cost:
                 share = (nodes - xs[i - 1]) / (xs[i] - xs[i - 1])
                 return ys[i - 1] + max(0.0, share) * (ys[i] - ys[i - 1])
         return ys[-1] * nodes / xs[-1]
+
+    def many(self, nodes: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Seconds of forwards of all the given sizes, any shape."""
+        last = self._nodes[-1]
+        inside = np.interp(nodes, self._nodes, self._times)
+        beyond = self._times[-1] * nodes / last
+        return np.where(nodes > last, beyond, inside)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Seconds of forwards, linear in the tokens cached and in the tokens computed.
+
+    Attributes:
+        target: Seconds per cached token, per computed token, and per forward of the target.
+        draft: The same of the draft model; zeros for a drafter that costs nothing.
+    """
+
+    target: tuple[float, float, float]
+    draft: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+    def __post_init__(self) -> None:
+        if min(*self.target, *self.draft) < 0 or sum(self.target) == 0:
+            raise InvalidInputError("a machine's coefficients are 0 or more, and not all 0")
+
+    def score_s(self, context: float, batched: float) -> float:
+        """Seconds of a target forward of ``batched`` tokens on ``context`` cached ones."""
+        a, b, c = self.target
+        return a * context + b * batched + c
+
+    def draft_s(self, context: float, lengths: NDArray[np.int64]) -> float:
+        """Seconds of drafting ``lengths`` [R] tokens, one forward a level."""
+        a, b, c = self.draft
+        levels = int(lengths.max(initial=0))
+        share = context / max(1, len(lengths))
+        # requests whose draft is long enough take part in a level
+        return a * share * float(lengths.sum()) + b * float(lengths.sum()) + c * levels
 
 
 def measure_cost(target: HubTarget, *, length: int = 128, budget_s: float = 1.5) -> Cost:
@@ -101,6 +150,47 @@ def measure_cost(target: HubTarget, *, length: int = 128, budget_s: float = 1.5)
             break
     # the lower quartile: other programs only ever make a forward slower
     return Cost({n: sorted(s)[len(s) // 4] for n, s in samples.items()})
+
+
+def forward_times(
+    target: HubTarget, rows: Sequence[int], nodes: Sequence[int], cached: Sequence[int]
+) -> list[tuple[float, float, float]]:
+    """Time forwards of every size: (cached tokens, computed tokens, seconds)."""
+    out = []
+    for b in rows:
+        for length in cached:
+            session = target.session(b, **target.probe_inputs())
+            session.prefill([torch.zeros(length, dtype=torch.int64)] * b)
+            nothing = torch.full((b, 0), -1, dtype=torch.int64, device=target.device)
+            for n in nodes:
+                tokens = torch.zeros(b, n, dtype=torch.int64, device=target.device)
+                tree = TokenTree(tokens, chain_topology(n)).to(target.device)
+                seconds = []
+                for _ in range(4):
+                    begin = time.perf_counter()
+                    float(session.score(tree).logits[0, 0, 0])  # waits for the device
+                    seconds.append(time.perf_counter() - begin)
+                    session.keep(nothing)
+                out.append((float(b * length), float(b * n), min(seconds)))
+    return out
+
+
+def measure_machine(
+    target: HubTarget, draft: HubTarget | None = None, *, rows: Sequence[int] = (1, 4, 16)
+) -> Machine:
+    """Fit the coefficients of a target and its draft model on timed forwards."""
+    fits = []
+    for model, nodes in ((target, (1, 2, 4, 6)), (draft, (1, 2))):
+        if model is None:
+            fits.append((0.0, 0.0, 0.0))
+            continue
+        measured = np.array(forward_times(model, rows, nodes, (32, 160)))
+        features = np.stack([measured[:, 0], measured[:, 1], np.ones(len(measured))], 1)
+        fit = np.linalg.lstsq(features, measured[:, 2], rcond=None)[0]
+        if fit[0] < 0:  # short caches cost nothing that the clock could see
+            fit[1:] = np.linalg.lstsq(features[:, 1:], measured[:, 2], rcond=None)[0]
+        fits.append((max(float(fit[0]), 0.0), max(float(fit[1]), 0.0), max(float(fit[2]), 0.0)))
+    return Machine(*fits)
 
 
 def cost(target: HubTarget) -> Cost:

@@ -88,29 +88,34 @@ class DraftCache:
         steps = torch.arange(valid.shape[1], device=valid.device)
         self._slots.keep(torch.where(valid, steps, -1))
 
-    def branch(self, parent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def branch(self, parent: torch.Tensor, rows: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
         """Make room for a level of F drafted nodes a row.
 
         Args:
             parent: Place of each node's parent in the level branched before, int64 [B, F]; the
                 first level hangs from the verified tokens, whatever it says.
+            rows: A node is a block of R tokens, one after the other, that all see one another; the
+                same on every level.
 
         Returns:
-            Positions [B, F] and the mask [B, 1, F, S + tail + F] of the level's forward.
+            Positions [B, F R] and the mask [B, 1, F R, S + tail + F R] of the level's forward.
         """
-        slots, (b, count) = self._slots, parent.shape
+        slots, (b, nodes) = self._slots, parent.shape
         slots.used += self._level  # the level before has run by now
+        count = nodes * rows
         slots.reserve(count)
-        own = torch.eye(count, dtype=torch.bool, device=parent.device).expand(b, -1, -1)
+        steps = torch.arange(count, device=parent.device)
+        own = (steps[:, None] // rows == steps // rows).expand(b, -1, -1)
         if self._seen is None or self._depth is None:
             self._start = slots.used
-            seen, depth = own, torch.zeros_like(parent)
+            seen, depth = own, (steps % rows).expand(b, -1)
             self._seen, self._depth = seen, depth
         else:
             tail = self._seen.shape[1]
-            place = parent + tail - self._level
+            place = parent.repeat_interleave(rows, 1) * rows + rows - 1 + tail - self._level
             above = self._seen.gather(1, place[..., None].expand(-1, -1, tail))
-            seen, depth = torch.cat([above, own], 2), self._depth.gather(1, place) + 1
+            seen = torch.cat([above, own], 2)
+            depth = self._depth.gather(1, place) + 1 + steps % rows
             before = torch.nn.functional.pad(self._seen, (0, count))
             self._seen = torch.cat([before, seen], 1)
             self._depth = torch.cat([self._depth, depth], 1)

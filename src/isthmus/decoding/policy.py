@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
 from isthmus.decoding.cost import Cost
+from isthmus.decoding.goodput import Fit, Means
+from isthmus.decoding.tree import TokenTree, stack
 from isthmus.roles import PLAIN, Context, Drafter, Shape, Step, Target
+
+SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+"""Draft nodes to choose from."""
+
+WIDE, CHAIN = 0, 1
+"""Shapes to choose from: the drafter's own tree, or the chain of its first children."""
 
 GAIN = 1.05
 """Drafting must promise this much more than plain decoding; less is noise of the estimates."""
@@ -43,23 +58,107 @@ class Fixed:
             self.drafter.select(rows)
 
 
-class Auto:
-    """Pick drafter and tree size for the most tokens per second on this machine.
+class Cut:
+    """A drafter whose chains are cut to a length of each row, set before they are drawn.
 
-    For every drafter and size it keeps a running mean of emitted tokens per round; the price of a
-    round is the measured forward time of that many nodes (renewed by every round) plus the
-    measured drafting time. A tree's first n nodes are a tree too, so one round at size N also
-    says what every smaller size would have emitted: no exploration is needed below. Every
-    ``survey`` rounds the drafters take turns at full size, less and less often while plain
-    decoding wins. Plain decoding is the arm of size 0.
+    Args:
+        drafter: Who drafts; only the chain of first children is used.
+
+    Attributes:
+        lengths: Draft tokens of each row at most, [B].
+    """
+
+    def __init__(self, drafter: Drafter) -> None:
+        self.drafter, self.name = drafter, drafter.name
+        self.begin, self.observe, self.select = drafter.begin, drafter.observe, drafter.select
+        self.lengths: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+
+    def propose(self, context: Context, shape: Shape) -> TokenTree:
+        """The drafter's chains; what is longer than a row's length is padding there."""
+        tree = self.drafter.propose(context, shape).first_chain()
+        limit = torch.from_numpy(self.lengths).to(tree.tokens.device)
+        if int(limit.min()) >= tree.nodes - 1:
+            return tree
+        return tree.prune(tree.topology.depth <= limit[:, None], closed=True)
+
+
+class Mixed:
+    """Every row of a batch is drafted for by the drafter that suits it.
+
+    Args:
+        drafters: Drafters of chosen trees.
+        rows: Which of them drafts for each row.
+    """
+
+    def __init__(self, drafters: Sequence[Drafter], rows: Sequence[int]) -> None:
+        self.drafters, self.rows = list(drafters), list(rows)
+        self.name = "|".join(self.drafters[d].name for d in sorted(set(rows)))
+        self.begin = self.observe = self.select = self._outside
+
+    def propose(self, context: Context, shape: Shape) -> TokenTree:
+        """One tree a row, padded to the largest."""
+        trees = {d: self.drafters[d].propose(context, shape) for d in set(self.rows)}
+        own = [trees[d].row(b) for b, d in enumerate(self.rows)]
+        return stack([tree.limit(nodes=shape.nodes, depth=shape.depth) for tree in own])
+
+    def _outside(self, *given: Any, **inputs: Any) -> None:
+        """The policy, which owns the drafters, tells them itself."""
+
+
+@dataclass
+class _Shadow:
+    """A draft that was never scored: what is written later says how it would have fared."""
+
+    drafter: int
+    tokens: list[list[int]]
+    parents: list[list[int]]
+    alive: list[list[bool]]
+    starts: list[int]
+
+    def path(self, row: int, text: list[int]) -> list[int]:
+        """Nodes that the text followed, root first."""
+        alive, parents = self.alive[row], self.parents[row]
+        child = {
+            (parents[i], token): i for i, token in enumerate(self.tokens[row]) if i and alive[i]
+        }
+        path = [0]
+        for token in text:
+            node = child.get((path[-1], token))
+            if node is None:
+                break
+            path.append(node)
+        return path
+
+
+class Auto:
+    """Pick drafter, shape and size of each round's draft for the most tokens per second.
+
+    For every request, drafter, shape and size there is a running mean of the tokens that a round
+    emits, drawn to the mean over earlier requests (:class:`isthmus.decoding.goodput.Means`); it is
+    carried from call to call, greedy and sampled decoding apart. A round costs the measured
+    forward time of that many nodes, renewed by every round, plus measured drafting and
+    bookkeeping. Rows of a batch share the size, as a forward is as wide as its widest row, but
+    each gets its own drafter. Plain decoding is the arm of size 0.
+
+    What an arm would emit is mostly learned for nothing:
+
+    * a tree's first n nodes are a tree too, and the first children are a chain, so one round says
+      what every smaller size would have emitted;
+    * a ``pure`` drafter (its ``propose`` draws nothing and changes nothing) is asked now and then
+      without its draft being scored: the text that is written next shows what would have stood.
+
+    Other drafters take turns at a larger size, as long as that has cost less than 2 % of the time.
+    While plain decoding wins, drafters that are ``lazy`` (their ``observe`` may miss rounds) see
+    one round in four.
 
     Args:
         drafters: Candidates.
         cost: Forward time by number of nodes.
         sizes: Draft nodes to choose from.
-        survey: Rounds between two surveys.
+        survey: Rounds between two surveys while drafting pays.
         memory: Rounds that the running means remember.
         depth: Levels at most.
+        clock: Seconds now; replaced in tests.
     """
 
     def __init__(
@@ -67,93 +166,242 @@ class Auto:
         drafters: Sequence[Drafter],
         cost: Cost,
         *,
-        sizes: Sequence[int] = (2, 4, 8, 16, 24, 32, 48, 64),
+        sizes: Sequence[int] = SIZES,
         survey: int = 24,
         memory: float = 24.0,
         depth: int = 16,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        self.clock = clock
         self.drafters, self.cost, self.survey, self.depth = list(drafters), cost, survey, depth
-        self.sizes = sorted(sizes)
+        self.sizes = np.array(sorted(sizes))
         # a drafter may be a candidate and part of a union; it starts and learns once
         parts = [p for d in self.drafters for p in getattr(d, "drafters", [d])]
         self._parts: list[Drafter] = list({id(p): p for p in parts}.values())
-        self._keep = 1.0 - 1.0 / memory
-        # emitted tokens and really drafted nodes of a round, by drafter and size
-        self.emitted = [[1.5 for _ in self.sizes] for _ in self.drafters]
-        self.nodes = [[float(s) for s in self.sizes] for _ in self.drafters]
-        self.draft_s = [0.0 for _ in self.drafters]
-        self.seen = [0 for _ in self.drafters]
-        self._round, self._turn = 0, 0
-        self._gap = self._next = survey
-        self._idle = False
+        self._pure = [i for i, d in enumerate(self.drafters) if getattr(d, "pure", False)]
+        self._others = [i for i in range(len(self.drafters)) if i not in self._pure]
+        self._memory = memory
+        self._by_law: dict[bool, Means] = {}
+        self.draft_s = [Fit([0.0, 0.0]) for _ in self.drafters]
+        self.own_s = Fit([0.0, 0.0])
+        self._branches = np.zeros(len(self.drafters), dtype=bool)
+        self._asked = dict.fromkeys(self._others, 0)
+        self._spent = self._lost = 0.0
+        self._turn = self._round = self._idle = 0
+        self._start(greedy=True, rows=0)
+
+    def _start(self, greedy: bool, rows: int) -> None:
+        if greedy not in self._by_law:
+            # tokens of a round, chance that anything is drafted, nodes if so; a little hope, so
+            # that where wide forwards are free everything is tried
+            start = np.ones((3, len(self.drafters), 2, len(self.sizes)))
+            start[0, :, WIDE], start[2] = 1.2, self.sizes
+            self._by_law[greedy] = Means(start, weight=2.0, memory=self._memory)
+        self.seen = self._by_law[greedy]
+        self.seen.begin(rows)
+        self._shadows: list[_Shadow] = []
+        self._gap, self._next = 8, self._round + 1
+        self._survey = self._round + self.survey
+        self._choice: tuple[list[int], int, int] | None = None
+        self._plan: tuple[list[int], int, bool] | None = None
+        self._fresh, self._limit, self._clock = True, PLAIN, self.clock()
 
     def begin(self, context: Context, target: Target, **inputs: Any) -> None:
         """See :class:`isthmus.roles.Policy`."""
+        self._start(context.law.greedy, context.batch)
         for part in self._parts:
             part.begin(context, target, **inputs)
 
-    def rate(self, drafter: int, size: int) -> float:
-        """Expected tokens per second of a drafter at ``sizes[size]``."""
-        seconds = self.cost(1 + self.nodes[drafter][size]) + self.draft_s[drafter]
-        return self.emitted[drafter][size] / seconds
-
-    def widest(self) -> int:
-        """Index of the largest size whose forward costs at most four plain ones."""
-        limit = 4.0 * self.cost(1)
-        return max((i for i, s in enumerate(self.sizes) if self.cost(1 + s) <= limit), default=0)
+    def widest(self, rows: int = 1) -> int:
+        """The largest size whose forward costs at most two and a half plain ones."""
+        limit = 2.5 * self.cost(rows)
+        fits = [int(s) for s in self.sizes if self.cost(rows * (1 + int(s))) <= limit]
+        return max(fits, default=int(self.sizes[0]))
 
     def decide(self, context: Context, limit: Shape) -> tuple[Drafter | None, Shape]:
-        """The best arm, or a drafter's turn at full size."""
+        """The best arm, or the turn of a drafter that must be watched at work."""
+        self._clock, self._plan, self._limit = self.clock(), None, limit
         if limit.nodes == 0 or not self.drafters:
             return None, PLAIN
-        self._round += 1
-        unseen = [i for i, n in enumerate(self.seen) if n < 2]
-        if unseen:
-            choice, size = unseen[0], self.widest()
-        elif self._round >= self._next:
-            self._turn += 1
-            choice, size = self._turn % len(self.drafters), self.widest()
-            # while plain decoding wins, ask less and less often
-            self._gap = min(2 * self._gap, 16 * self.survey) if self._idle else self.survey
-            self._next = self._round + self._gap
+        turn = self._due()
+        if turn is not None:
+            size, width = self.widest(context.batch), WIDE
+            rows = [turn] * context.batch
         else:
-            arms = [
-                (self.rate(d, s), d, s)
-                for d in range(len(self.drafters))
-                for s in range(len(self.sizes))
-            ]
-            best, choice, size = max(arms)
-            self._idle = best * self.cost(1) < GAIN
-            if self._idle:
+            if self._fresh:
+                self._choice, self._fresh = self._choose(context.batch), False
+            if self._choice is None:
                 return None, PLAIN
-        shape = Shape(self.sizes[size], self.depth, limit.width)
-        return self.drafters[choice], shape.capped(limit.nodes, limit.depth, limit.width)
+            rows, width, size = self._choice
+        self._plan = rows, width, turn is not None
+        shape = Shape(size, self.depth, 1 if width == CHAIN else limit.width)
+        shape = shape.capped(limit.nodes, limit.depth, limit.width)
+        if len(set(rows)) == 1:
+            return self.drafters[rows[0]], shape
+        return Mixed(self.drafters, rows), shape
+
+    def _due(self) -> int | None:
+        """A drafter whose draft has to be scored to be judged, if it is its turn."""
+        for drafter, asked in self._asked.items():
+            if asked == 0:
+                return drafter
+        if not self._others or self._round < self._survey or self._lost > 0.02 * self._spent:
+            return None
+        return self._others[self._turn % len(self._others)]
+
+    def _choose(self, rows: int) -> tuple[list[int], int, int] | None:
+        """Drafter of each row, shape and size of the largest goodput; None for plain decoding."""
+        tokens, hit, nodes = self.seen.estimate().swapaxes(0, 1)  # [B, drafter, shape, size] each
+        draft_s = np.array(
+            [line(np.stack([np.ones(len(self.sizes)), self.sizes], 1)) for line in self.draft_s]
+        )
+        plain_s = self.cost(rows)
+        best = GAIN * rows / (plain_s + self.own_s([1.0, rows]))
+        found = None
+        groups = [(d,) for d in range(len(self.drafters))]
+        if rows > 1:
+            groups += list(combinations(self._pure, 2))  # type: ignore[arg-type]
+        for group in groups:
+            members = list(group)
+            pick = tokens[:, members].argmax(1)[:, None]  # [B, 1, shape, size]
+
+            def of(figure: Any, pick: Any = pick, members: list[int] = members) -> Any:
+                return np.take_along_axis(figure[:, members], pick, 1)[:, 0]
+
+            some = 1.0 - (1.0 - of(hit)).prod(0)  # chance that any row is drafted for
+            width = rows * (1.0 + of(nodes).max(0))
+            seconds = plain_s + some * (self.cost.many(width) - plain_s)
+            seconds += draft_s[members].sum(0) + self.own_s(
+                np.stack([np.ones_like(width), rows + some * (width - rows)], -1)
+            )
+            goodput = of(tokens).sum(0) / seconds  # [shape, size]
+            if not self._branches[members].any():
+                goodput = goodput[:CHAIN]
+            shape, size = np.unravel_index(int(goodput.argmax()), goodput.shape)
+            if goodput[shape, size] > best:
+                best = goodput[shape, size]
+                chosen = [members[i] for i in pick[:, 0, shape, size].tolist()]
+                found = chosen, int(shape), int(self.sizes[size])
+        return found
 
     def observe(self, step: Step, drafter: Drafter | None) -> None:
-        """Update the means of every size up to the one that was drafted; let drafters learn."""
-        self.cost.observe(step.tree.nodes * step.tree.batch, step.score_s)
-        if drafter is not None:
-            self._learn(self.drafters.index(drafter), step)
+        """Learn what the round cost and what would have stood; let drafters learn."""
+        rows, batched = step.tree.batch, step.tree.nodes * step.tree.batch
+        self._round += 1
+        self.cost.observe(batched, step.score_s)
+        self._idle = 0 if drafter is not None else self._idle + 1
+        skip = self._idle > 32 and self._idle % 4
         for part in self._parts:
-            part.observe(step)
+            if not (skip and getattr(part, "lazy", False)):
+                part.observe(step)
+        if drafter is not None and self._plan is not None:
+            self._learn(step, *self._plan)
+        own_s = self.clock() - self._clock - step.draft_s - step.score_s
+        # a pause of the machine is no bookkeeping, and more nodes never take less of it
+        own_s = min(max(own_s, 0.0), 0.3 * step.score_s)
+        self.own_s.observe([1.0, batched], own_s)
+        self.own_s.coefficients = self.own_s.coefficients.clip(min=0.0)
+        seconds = step.draft_s + step.score_s + own_s
+        self._spent += seconds
+        if self._plan is not None and self._plan[2]:
+            self._turn += 1
+            self._asked[self._plan[0][0]] += 1
+            self._survey = self._round + self.survey
+            emitted = 1.0 + sum(step.accepted) / rows
+            self._lost += max(0.0, seconds - emitted * self.cost(rows))
+        self._plan = None
+        if self._pure and self._round >= self._next:
+            self._look(step.context)
 
-    def _learn(self, index: int, step: Step) -> None:
-        self.seen[index] += 1
-        fresh = 1.0 / self.seen[index]
-        keep = min(self._keep, 1.0 - fresh)
-        self.draft_s[index] = keep * self.draft_s[index] + (1 - keep) * step.draft_s
-        paths = step.verdict.path.tolist()
-        rows = len(paths)
-        drafted = sum(step.tree.drafted()) / rows
-        for i, size in enumerate(self.sizes):
-            if size > max(step.shape.nodes, self.sizes[0]):
-                break
-            emitted = sum(1 + sum(0 < node <= size for node in path) for path in paths) / rows
-            self.emitted[index][i] = keep * self.emitted[index][i] + (1 - keep) * emitted
-            nodes = min(float(size), drafted)
-            self.nodes[index][i] = keep * self.nodes[index][i] + (1 - keep) * nodes
+    def _learn(self, step: Step, rows: list[int], width: int, turn: bool) -> None:
+        asked = step.shape.nodes
+        known = {d: self.draft_s[d]([1.0, asked]) for d in set(rows)}
+        share = step.draft_s / len(known)
+        for d, before in known.items():
+            fair = share if before == 0.0 else min(share, 5.0 * before)
+            self.draft_s[d].observe([1.0, asked], fair)
+        if step.shape.depth < min(self.depth, asked):
+            return  # cut short by the end of the answer: it says nothing about the drafter
+        tree = step.tree
+        parents = tree.topology.parent.expand(tree.batch, -1).tolist()
+        alive = tree.alive.tolist()
+        paths = [[n for n in path if n >= 0] for path in step.verdict.path.tolist()]
+        self._record(rows, parents, alive, paths, asked, width)
+
+    def _record(
+        self,
+        drafters: list[int],
+        parents: list[list[int]],
+        alive: list[list[bool]],
+        paths: list[list[int]],
+        asked: int,
+        width: int,
+    ) -> None:
+        """Enter what every size up to ``asked`` would have emitted, one draft a row."""
+        values = np.zeros((len(paths), *self.seen.prior.shape))
+        counts = np.zeros_like(values)
+        inside = self.sizes <= asked
+        for b, d in enumerate(drafters):
+            total = sum(alive[b]) - 1
+            first: dict[int, int] = {}
+            for node, above in enumerate(parents[b]):
+                if node and alive[b][node]:
+                    first.setdefault(above, node)
+            line = [0]
+            while line[-1] in first:
+                line.append(first[line[-1]])
+            along = sum(x == y for x, y in zip(line, paths[b], strict=False)) - 1
+            self._branches[d] |= total > len(line) - 1
+            # the nodes of a path are in order, so those below a size are counted by bisection
+            stood = np.searchsorted(np.array(paths[b]), self.sizes, side="right") - 1
+            values[b, 0, d, WIDE], values[b, 0, d, CHAIN] = stood, np.minimum(along, self.sizes)
+            values[b, 0, d] += 1.0
+            values[b, 1, d] = total > 0
+            values[b, 2, d, WIDE] = np.minimum(self.sizes, total)
+            values[b, 2, d, CHAIN] = np.minimum(self.sizes, len(line) - 1)
+            shapes = [WIDE, CHAIN] if width == WIDE else [CHAIN]
+            counts[b, :2, d, shapes] = inside
+            counts[b, 2, d, shapes] = inside * (total > 0)
+        self.seen.observe(values, counts)
+        self._fresh = True
+
+    def _look(self, context: Context) -> None:
+        """Judge the drafts that were not scored by what was written since, and make new ones."""
+        largest = min(int(self.sizes[-1]), self._limit.nodes)
+        for shadow in self._shadows:
+            paths = [
+                shadow.path(b, context.ids[b, start : context.lengths[b]].tolist())
+                for b, start in enumerate(shadow.starts)
+            ]
+            rows = [shadow.drafter] * len(paths)
+            self._record(rows, shadow.parents, shadow.alive, paths, int(self.sizes[-1]), WIDE)
+        cold = not self._shadows  # at the start of an answer all have their say
+        self._turn += 1
+        turns = self._pure if cold else [self._pure[self._turn % len(self._pure)]]
+        self._shadows = []
+        depth = min(self.depth, self._limit.depth)
+        if depth < self.depth:
+            self._next = self._round + 10**9  # too near the end to see enough
+            return
+        for d in turns:
+            begin = self.clock()
+            tree = self.drafters[d].propose(context, Shape(largest, depth, self._limit.width))
+            tree = tree.limit(nodes=largest, depth=depth)
+            self.draft_s[d].observe([1.0, largest], self.clock() - begin)
+            parents = tree.topology.parent.expand(tree.batch, -1).tolist()
+            self._shadows.append(
+                _Shadow(d, tree.tokens.tolist(), parents, tree.alive.tolist(), [*context.lengths])
+            )
+        # while plain decoding wins, look less and less often
+        self._gap = min(self._gap * 3 // 2, 48) if self._idle else self.survey
+        self._next = self._round + self._gap
 
     def select(self, rows: Sequence[int]) -> None:
         """Pass the selection on."""
+        self.seen.select(rows)
+        for shadow in self._shadows:
+            for name in ("tokens", "parents", "alive", "starts"):
+                setattr(shadow, name, [getattr(shadow, name)[r] for r in rows])
+        self._fresh = True
         for part in self._parts:
             part.select(rows)

@@ -216,6 +216,11 @@ class HubTarget:
         finally:
             handle.remove()
 
+    def empty_cache(self) -> Any:
+        """A cache of transformers to run one text into, outside any session."""
+        inner = DynamicCache(config=self.config) if self.recurrent else DynamicCache()
+        return EncoderDecoderCache(inner, DynamicCache()) if self.encoder_decoder else inner
+
     @property
     def num_layers(self) -> int:
         """Decoder layers L."""
@@ -388,7 +393,13 @@ class SlotSession:
         target: The model.
         batch: Rows B.
         encoded: Result of :meth:`HubTarget.encode`, empty for decoder-only models.
+
+    Attributes:
+        ahead: How the next tree is scored instead, for drafters that share the target's forward;
+            see :class:`isthmus.decoding.layers.Ahead`. It holds for one round.
     """
+
+    ahead: Any = None
 
     def __init__(self, target: HubTarget, batch: int, encoded: dict[str, Any]) -> None:
         self.target = target
@@ -433,7 +444,9 @@ class SlotSession:
             raise InvalidInputError(
                 f"{type(self.target.model).__name__} scores chains only; use tree.first_chain()"
             )
-        return self._run(tree, taps=taps)
+        ahead, self.ahead = self.ahead, None
+        scores: Scores | None = None if ahead is None else ahead.finish(tree, taps)
+        return self._run(tree, taps=taps) if scores is None else scores
 
     def _run(self, tree: TokenTree, *, taps: Taps | None = None, last_only: bool = False) -> Scores:
         cache, target = self.cache, self.target

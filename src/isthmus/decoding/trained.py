@@ -87,6 +87,7 @@ class Batch:
             the law of ``x_{i+1}``.
         generator: Source of noise and sampling in a loss.
         past: The target's cached keys and values of these tokens, for drafters that read them.
+        progress: Share of the training that is over, 0 to 1.
     """
 
     ids: torch.Tensor
@@ -95,6 +96,7 @@ class Batch:
     target_logits: torch.Tensor
     generator: torch.Generator
     past: Any = None
+    progress: float = 0.0
 
     @property
     def final(self) -> torch.Tensor:

@@ -148,6 +148,12 @@ class Attention(nn.Module):
         result: torch.Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
         return result
 
+    def remember(self, x: torch.Tensor, positions: torch.Tensor, store: Store) -> None:
+        """Only store keys and values of x [B, N, D]; nothing is attended to."""
+        split = (*x.shape[:2], -1, self.sizes.head_dim)
+        k, v = (proj(x).view(split).transpose(1, 2) for proj in (self.k_proj, self.v_proj))
+        store.update(rotate(k, positions, self.sizes.rope_theta), v)
+
 
 class GatedFeedForward(nn.Module):
     """SwiGLU: ``down(silu(gate x) * up x)``.

@@ -58,3 +58,63 @@ def tree_mask(
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, low)[
         :, None
     ]
+
+
+def additive(seen: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Additive mask [B, 1, N, S] of who sees whom, bool [B, N, S] or [N, S]."""
+    seen = seen if seen.ndim == 3 else seen[None]
+    low = torch.finfo(dtype).min
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return mask.masked_fill_(~seen, low)[:, None]
+
+
+def rollout_mask(
+    anchor: torch.Tensor,
+    depth: torch.Tensor,
+    key_anchor: torch.Tensor | None = None,
+    key_depth: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Who sees whom when drafts from every place of a text are trained at once.
+
+    Row (i, 0) is the real token at place i, row (i, k) the k-th draft step of a draft that starts
+    there and stands at place i + k. A row sees the real rows up to its own anchor, and the steps of
+    its own draft up to itself: just what it sees while drafting.
+
+    Args:
+        anchor: Anchor i of each query row, int64 [N].
+        depth: Step k of each query row, int64 [N].
+        key_anchor: Those of the key rows [M]; the query rows themselves when None.
+        key_depth: Likewise.
+
+    Returns:
+        bool [N, M]; every row sees itself.
+
+    Example:
+        >>> anchor, depth = torch.tensor([0, 1, 0, 1]), torch.tensor([0, 0, 1, 1])
+        >>> rollout_mask(anchor, depth).int().tolist()
+        [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]]
+    """
+    key_anchor = anchor if key_anchor is None else key_anchor
+    key_depth = depth if key_depth is None else key_depth
+    real = (key_depth == 0) & (key_anchor <= anchor[:, None])
+    own = (key_anchor == anchor[:, None]) & (key_depth <= depth[:, None])
+    return real | own
+
+
+def relaxed_mask(length: int, block: int, *, device: torch.device | None = None) -> torch.Tensor:
+    """Causal between blocks, everything within a block (Falcon, 2412.12639, sec. 3.2).
+
+    Args:
+        length: Rows L.
+        block: Rows k of a block; 1 is the causal mask.
+        device: Where it is made.
+
+    Returns:
+        bool [L, L].
+
+    Example:
+        >>> relaxed_mask(4, 2).int().tolist()
+        [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
+    """
+    place = torch.arange(length, device=device) // block
+    return place <= place[:, None]

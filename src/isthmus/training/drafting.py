@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -228,7 +228,8 @@ class DraftTraining:
             rows.append(int(order[place]))
         ids = self.texts[rows].long().to(device)
         generator = torch.Generator(device).manual_seed(self.recipe.seed * 1_000_003 + step)
-        return read(self.drafter, ids, generator)
+        batch = read(self.drafter, ids, generator)
+        return replace(batch, progress=step / self.recipe.steps)
 
     @torch.no_grad()
     def _validate(self) -> None:
@@ -308,10 +309,12 @@ def read(drafter: TrainedDrafter, ids: torch.Tensor, generator: torch.Generator)
     target = drafter.target
     inputs = {k: v.expand(len(ids), *v.shape[1:]) for k, v in target.probe_inputs().items()}
     encoded = target.encode(**inputs) if inputs else None
-    scores = target.forward(ids, encoded=encoded, taps=drafter.taps)
+    past = target.empty_cache() if drafter.reads_cache else None
+    scores = target.forward(ids, encoded=encoded, taps=drafter.taps, cache=past)
     assert scores.features is not None
     mask = torch.ones_like(ids, dtype=torch.bool)
-    return Batch(ids, mask, scores.features, scores.logits.float(), generator)
+    past = getattr(past, "self_attention_cache", past)
+    return Batch(ids, mask, scores.features, scores.logits.float(), generator, past)
 
 
 def acceptance_length(
@@ -331,6 +334,33 @@ def acceptance_length(
         new_tokens: Tokens to write after each prompt.
         rows: Texts used at most; decoded as one batch.
     """
+    run = greedy_drafting(drafter, held_out, shape=shape, new_tokens=new_tokens, rows=rows)
+    return run.acceptance_length
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """How drafts fared over some texts.
+
+    Attributes:
+        acceptance_length: Tokens per target forward.
+        drafted: Draft tokens verified per target forward.
+    """
+
+    acceptance_length: float
+    drafted: float
+
+
+@torch.no_grad()
+def greedy_drafting(
+    drafter: TrainedDrafter,
+    held_out: torch.Tensor,
+    *,
+    shape: Shape | None = None,
+    new_tokens: int = 16,
+    rows: int = 64,
+) -> Drafting:
+    """Greedy decoding after held-out prompts; arguments as for :func:`acceptance_length`."""
     was_training = drafter.training
     target = drafter.target
     chosen = held_out[:rows].long()
@@ -350,4 +380,5 @@ def acceptance_length(
         pass
     drafter.train(was_training)
     emitted = sum(len(r.result.tokens) for r in requests)
-    return emitted / sum(r.result.stats.target_forwards for r in requests)
+    forwards = sum(r.result.stats.target_forwards for r in requests)
+    return Drafting(emitted / forwards, sum(r.result.stats.drafted for r in requests) / forwards)

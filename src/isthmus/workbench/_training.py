@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -32,7 +32,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from isthmus.errors import BrokenFileError, InvalidInputError, MismatchError
 
-_IGNORED = -100
+IGNORED = -100
+"""Label of a position without loss."""
 
 
 @dataclass(frozen=True)
@@ -317,16 +318,58 @@ def evaluate(
     return total / tokens
 
 
-class Trainer:
-    """A resumable training run.
+class Course(Protocol):
+    """What a trainer trains: a network, what it reads at each step, and its loss."""
+
+    def build(self) -> Any:
+        """The network with freshly drawn float32 weights."""
+        ...
+
+    def batches(self, start: int) -> Iterator[Any]:
+        """Tensors, or tuples of tensors, from step ``start`` on."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Scalar in nats per token."""
+        ...
+
+
+class TextCourse:
+    """Packed documents and a plain next-token loss.
 
     Args:
         recipe: What to train.
         documents: Token ids, one array per document.
         end: Id of the end-of-text token.
+    """
+
+    def __init__(self, recipe: Recipe, documents: Sequence[NDArray[np.int32]], end: int) -> None:
+        self.recipe, self.documents, self.end = recipe, documents, end
+
+    def build(self) -> LlamaForCausalLM:
+        """A Llama with fresh weights."""
+        return build(self.recipe, token_id=self.end)
+
+    def batches(self, start: int) -> Iterator[Tensor]:
+        """Token ids [B, T + 1]."""
+        return batches(self.documents, self.recipe, self.end, start)
+
+    def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
+        """Mean loss of next-token prediction."""
+        return nats(model, batch)
+
+
+class Trainer:
+    """A resumable training run.
+
+    Args:
+        recipe: What to train.
+        documents: Token ids, one array per document; not read where a course is given.
+        end: Id of the end-of-text token.
         corpus: Digest of the corpus; a checkpoint of another corpus is refused.
         directory: Folder of the checkpoint ``state.safetensors``.
         device: Where to train.
+        course: What to train instead of a language model on the documents.
 
     Raises:
         BrokenFileError: The checkpoint is truncated or altered, or the folder cannot be written.
@@ -342,6 +385,7 @@ class Trainer:
         corpus: str,
         directory: Path,
         device: str = "cpu",
+        course: Course | None = None,
     ) -> None:
         self.recipe = recipe
         self.end = end
@@ -350,8 +394,8 @@ class Trainer:
         self.device = torch.device(device)
         self.step = 0
         self.seconds = 0.0
-        self._documents = documents
-        self.model = build(recipe, token_id=end)
+        self.course = course or TextCourse(recipe, documents, end)
+        self.model = self.course.build()
         cast(nn.Module, self.model).to(self.device)
         hidden: dict[str, nn.Parameter] = {}
         others: dict[str, nn.Parameter] = {}
@@ -397,11 +441,11 @@ class Trainer:
         last = recipe.steps if stop_at is None else min(stop_at, recipe.steps)
         self.model.train()
         saved = time.monotonic()
-        source = batches(self._documents, recipe, self.end, self.step)
+        source = self.course.batches(self.step)
         with _deferred_interrupt() as interrupted:
             while self.step < last:
                 began = time.monotonic()
-                loss = self._train_step(next(source).to(self.device))
+                loss = self._train_step(_moved(next(source), self.device))
                 self.step += 1
                 self.seconds += time.monotonic() - began
                 report(Progress(self.step, recipe.steps, loss, self.seconds))
@@ -413,11 +457,11 @@ class Trainer:
                     saved = time.monotonic()
             self.save()
 
-    def _train_step(self, ids: Tensor) -> float:
+    def _train_step(self, batch: Any) -> float:
         rate = self.recipe.rate(self.step)
         device = self.device.type
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            loss = nats(self.model, ids)
+            loss = self.course.loss(self.model, batch)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(list(self._others.values()), 1.0)
         self._muon.step(self.recipe.muon_lr * rate)
@@ -464,7 +508,7 @@ class Trainer:
                 header = json.loads(file.metadata()["isthmus"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             step, seconds = int(header["step"]), float(header["seconds"])
-            saved = Recipe(**header["recipe"])
+            saved = type(self.recipe)(**header["recipe"])
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise BrokenFileError(
                 f"the checkpoint {str(self.path)!r} is truncated or altered ({error}); "
@@ -490,6 +534,12 @@ class Trainer:
             for name, value in expected.items():
                 value.copy_(tensors[name])
         self.step, self.seconds = step, seconds
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    return tuple(tensor.to(device) for tensor in batch)
 
 
 def _continues(saved: Recipe, wanted: Recipe, step: int) -> bool:

@@ -180,20 +180,22 @@ def answer(
     max_new_tokens: int,
     seed: int = 0,
     acceptance: Acceptance | None = None,
+    batch: int = 1,
     **sampling: Any,
 ) -> Answers:
-    """Decode prompts one after the other, ignoring end tokens, and keep the counts."""
+    """Decode prompts in batches of ``batch``, ignoring end tokens, and keep the counts."""
     results = [
-        model.generate(
-            torch.tensor(list(prompt)),
+        result
+        for first in range(0, len(prompts), batch)
+        for result in model.generate(
+            [torch.tensor(list(prompt)) for prompt in prompts[first : first + batch]],
             max_new_tokens=max_new_tokens,
             drafter=policy,
             acceptance=acceptance,
             ignore_end=True,
-            seed=seed + row,
+            seed=seed + first,
             **sampling,
         )
-        for row, prompt in enumerate(prompts)
     ]
     return Answers(
         [r.tokens for r in results],

@@ -18,34 +18,53 @@ from rich.console import Console
 
 from isthmus import registry
 from isthmus.decoding.model import Model
+from isthmus.decoding.policy import Fixed
 from isthmus.decoding.trained import TrainedDrafter, target_fingerprint
 from isthmus.errors import BrokenFileError, MismatchError
 from isthmus.folders import cache_folder
+from isthmus.roles import Shape
 from isthmus.training.drafting import DraftTraining, Progress, Recipe, windows
-from isthmus.workbench import pycode
+from isthmus.workbench import pycode, sums
 from isthmus.workbench.bench import reference_model
+from isthmus.workbench.reference import RECIPES
 from isthmus.workbench.tokenizer import end_id
 
 TARGET = "pycode-m"
 """The target of claims that train several drafters."""
 
 
-@functools.lru_cache(maxsize=2)
 def target_model(name: str = TARGET) -> Model:
     """The reference target in float32; one object a process, so that drafters can share it."""
+    return _target_model(name)
+
+
+@functools.lru_cache(maxsize=2)
+def _target_model(name: str) -> Model:
     return reference_model(name)
 
 
-@functools.lru_cache(maxsize=4)
 def texts(name: str = TARGET, length: int = 96, split: str = "train") -> torch.Tensor:
-    """Windows of the pycode corpus in a model's own tokens, int32 [W, length]."""
+    """Windows of what a model was trained on, in its own tokens, int32 [W, length]."""
+    return _texts(name, length, split)
+
+
+@functools.lru_cache(maxsize=4)
+def _texts(name: str, length: int, split: str) -> torch.Tensor:
     tokenizer = target_model(name).tokenizer
-    documents = pycode.texts("train" if split == "train" else "held-out")
+    documents = _documents(name, "train" if split == "train" else "held-out")
     encodings = tokenizer.backend_tokenizer.encode_batch_fast(documents, add_special_tokens=False)
     cut = windows([e.ids for e in encodings], length, end_id(tokenizer))
     # held-out windows lie file by file; a fixed shuffle makes any prefix a fair sample
     order = np.random.default_rng(0).permutation(len(cut))
     return cut[torch.from_numpy(order)]
+
+
+def _documents(name: str, split: pycode.Split) -> list[str]:
+    """The pycode corpus, or worked problems for a model of the ``sums`` task."""
+    if getattr(RECIPES.get(name), "task", "") == "sums":
+        count = 8_000 if split == "train" else 1_000
+        return [problem.text() for problem in sums.problems(count, split)]
+    return list(pycode.texts(split))
 
 
 def reference_drafter(
@@ -100,6 +119,16 @@ def reference_drafter(
             run.run(report)
         drafter.save_pretrained(folder)
     return drafter
+
+
+def same_answers(drafter: TrainedDrafter, shape: Shape, count: int, name: str = TARGET) -> int:
+    """How many of ``count`` greedy answers of 16 tokens are those of plain decoding."""
+    prompts = [text[:32] for text in texts(name, split="held-out")[:count].long()]
+    plain, got = (
+        target_model(name).generate(prompts, drafter=policy, max_new_tokens=16, ignore_end=True)
+        for policy in ("none", Fixed(drafter, shape))
+    )
+    return sum(a.tokens == b.tokens for a, b in zip(got, plain, strict=True))
 
 
 def curve_note(*drafters: TrainedDrafter) -> str:

@@ -95,6 +95,53 @@ _MAKERS = (
         intermediate_size=176,
         steps=600,
     ),
+    TaskRecipe(
+        name="sums-l",
+        task="sums",
+        hidden_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        head_dim=32,
+        intermediate_size=256,
+        vocab_size=26,
+        batch_size=8,
+        sequence_length=256,
+        max_position_embeddings=512,
+        steps=800,
+        decay_share=0.4,
+    ),
+    TaskRecipe(
+        name="sums-s",
+        task="sums",
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        head_dim=32,
+        intermediate_size=128,
+        vocab_size=26,
+        batch_size=8,
+        sequence_length=256,
+        max_position_embeddings=512,
+        steps=600,
+        decay_share=0.4,
+    ),
+    # deep enough for an early exit, and nearly perfect, so that speed alone is measured on it
+    TaskRecipe(
+        name="dates",
+        task="dates",
+        hidden_size=128,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        head_dim=32,
+        intermediate_size=256,
+        vocab_size=96,
+        encoder_layers=2,
+        batch_size=64,
+        sequence_length=16,
+        max_position_embeddings=64,
+        steps=700,
+        decay_share=0.4,
+    ),
 )
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType({recipe.name: recipe for recipe in _MAKERS})
@@ -203,9 +250,7 @@ def train(
         if _is_complete(folder, recipe):  # Made by another process while this one waited.
             return
         tokenizer = (
-            recipe.tokenizer()
-            if isinstance(recipe, TaskRecipe)
-            else _tokenizer(recipe.vocab_size)
+            recipe.tokenizer() if isinstance(recipe, TaskRecipe) else _tokenizer(recipe.vocab_size)
         )
         trainer = Trainer(
             recipe,

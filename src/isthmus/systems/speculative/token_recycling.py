@@ -122,6 +122,8 @@ class TokenRecycling:
 
     role: ClassVar[str] = "drafter"
     name = "token-recycling"
+    pure: ClassVar[bool] = True
+    lazy: ClassVar[bool] = True
 
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings or Settings()

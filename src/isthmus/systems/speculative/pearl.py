@@ -1,0 +1,463 @@
+"""PEARL: the draft model keeps drafting while the target verifies, so neither waits.
+
+Paper: Liu, Li, Lv, Liu, Zhu, Hu, Sun. PEARL: Parallel Speculative Decoding with Adaptive Draft
+    Length. 2024. arXiv:2408.11850
+Idea: Pre-verify: the target tests the first draft token while the rest of the window is drafted.
+    Post-verify: the next window is drafted while the target tests this one. Accepted windows follow
+    each other without a gap, which is what makes the draft length adaptive.
+Differs: The engine runs both models in turn and a clock counts the time of running them side by
+    side. The two modes are one rule: a round tests the tokens that are pending and the first token
+    of the window drafted meanwhile, whose law the same forward gives.
+Lossless: yes
+
+    draft   | y1 y2 y3 y4 | z1 z2 z3 z4 | ...        time of a round: max(gamma t_draft, t_target)
+    target  | tests y1    | y2 y3 y4 z1 | z2 ...     a rejection at n: residual token, drop the rest
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+
+from isthmus.claims import Claim, Gate, Row, Ruler, Scale, judge
+from isthmus.decoding.acceptance import Coupled, Lossless
+from isthmus.decoding.cost import Cost, measure_cost
+from isthmus.decoding.drafters import ModelDrafter
+from isthmus.decoding.engine import Request, decode
+from isthmus.decoding.law import Law
+from isthmus.decoding.policy import Fixed
+from isthmus.decoding.stopping import Stopper
+from isthmus.decoding.table import TableTarget
+from isthmus.decoding.target import HubTarget
+from isthmus.decoding.tree import TokenTree, chain_topology
+from isthmus.errors import InvalidInputError
+from isthmus.roles import Acceptance, Context, Shape, Step, Target, Verdict
+from isthmus.testing.statistics import string_test
+from isthmus.workbench import pycode
+from isthmus.workbench.bench import answer, reference_model
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of PEARL.
+
+    Attributes:
+        window: Draft tokens drawn in one target forward, gamma; None takes t_target / t_draft as
+            measured, so that both finish together.
+        pre_verify: Test the first token of a window while the rest is drafted.
+        post_verify: Draft the next window while this one is tested. With both off, this is
+            ordinary speculation: first draft, then verify.
+    """
+
+    window: int | None = None
+    pre_verify: bool = True
+    post_verify: bool = True
+
+
+class Window(ModelDrafter):
+    """A draft model that drafts ahead of what is being verified.
+
+    Args:
+        model: The draft model as a target, sharing the target's vocabulary.
+        settings: With a window.
+
+    Attributes:
+        ahead: Rows that hold drafted tokens beyond those under test in this round.
+        rounds: Of each round of each row: tokens drafted before the target started, tokens drafted
+            beside it, nodes it scored.
+    """
+
+    name = "pearl"
+
+    def __init__(self, model: Target, settings: Settings) -> None:
+        super().__init__(model)
+        self.settings = settings
+        self.ahead: list[bool] = []
+        self.rounds: list[tuple[int, int, int]] = []
+
+    def begin(self, context: Context, target: Target, **inputs: Any) -> None:
+        """Start with nothing drafted."""
+        super().begin(context, target, **inputs)
+        empty = torch.zeros(0, dtype=torch.int64)
+        self._stream = [empty] * context.batch  # drafted tokens after the committed ones
+        self._laws: list[list[torch.Tensor]] = [[] for _ in range(context.batch)]  # [V] each
+        self._base = list(context.lengths)
+
+    def propose(self, context: Context, shape: Shape) -> TokenTree:
+        """What the target tests in this round; more may have been drafted meanwhile."""
+        pre, post = self.settings.pre_verify, self.settings.post_verify
+        pending = [len(s) for s in self._stream]
+        serial = beside = [0] * context.batch
+        idle = [n == 0 for n in pending]
+        if not pre:  # nothing to test yet: the target has to wait for a window
+            serial = self._draw(context, idle)
+            pending = [len(s) for s in self._stream]
+        if pre or post:
+            beside = self._draw(context, [post or i for i in idle])
+        first = [int(pre and n > 0) for n in beside]
+        room = min(shape.nodes, shape.depth)
+        tested = [
+            min(n + f, room, len(s)) for n, f, s in zip(pending, first, self._stream, strict=True)
+        ]
+        self.ahead = [len(s) > n for s, n in zip(self._stream, tested, strict=True)]
+        # the law after the last pending token tests the first new one: it needs no node of its own
+        scored = [1 + min(n, t) for n, t in zip(pending, tested, strict=True)]
+        self.rounds += zip(serial, beside, scored, strict=True)
+        return self._chains(context, tested)
+
+    def _draw(self, context: Context, who: Sequence[bool]) -> list[int]:
+        """Draw a window more for the given rows; returns the tokens drawn in each row."""
+        assert self._session is not None and self.settings.window is not None
+        longest = max(b + len(s) for b, s in zip(self._base, self._stream, strict=True))
+        room = self.settings.window if self.model.max_length is None else self.model.max_length
+        window = min(self.settings.window, room - longest if room != self.settings.window else room)
+        if not any(who) or window < 1:
+            return [0] * context.batch
+        go = torch.tensor(who)
+        known = [torch.cat([context.row(b), s]) for b, s in enumerate(self._stream)]
+        fresh = [
+            k[n:] if w else k[:0] for k, n, w in zip(known, self._session.lengths, who, strict=True)
+        ]
+        width = max(len(f) for f in fresh)
+        block = torch.stack([torch.nn.functional.pad(f, (0, width - len(f))) for f in fresh])
+        valid = torch.arange(width) < torch.tensor([len(f) for f in fresh])[:, None]
+        point = context.law.greedy or context.noise is not None
+        tree = TokenTree(block, chain_topology(width), valid)
+        for step in range(window):
+            logits = self._feed(tree)
+            law = self._after(context, logits)
+            if context.noise is not None and not context.law.greedy:
+                places = [b + len(s) for b, s in zip(self._base, self._stream, strict=True)]
+                noise = [
+                    context.noise(r, n, self._vocab)
+                    for r, n in zip(context.requests, places, strict=True)
+                ]
+                law = torch.log_softmax(law, -1) + torch.stack(noise).to(law.device)
+            if point:
+                token = law.argmax(-1, keepdim=True)
+            else:
+                probs = torch.softmax(law, -1)
+                token = torch.multinomial(probs, 1, generator=context.generator)
+            for b in go.nonzero()[:, 0].tolist():
+                self._stream[b] = torch.cat([self._stream[b], token[b].cpu()])
+                if not point:
+                    self._laws[b].append(probs[b])
+            tree = TokenTree(token.cpu(), chain_topology(1), go[:, None])
+            if step + 1 == window:
+                break
+        return [window * int(w) for w in who]
+
+    def _after(self, context: Context, logits: torch.Tensor) -> torch.Tensor:
+        """Processed logits [B, V] after each row's own drafted tokens."""
+        logits = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+        if context.law.greedy and not context.law.processors:  # type: ignore[attr-defined]
+            return logits
+        ends = torch.tensor([len(s) for s in self._stream])
+        tree = self._chains(context, ends.tolist(), bare=True).to(logits.device)
+        full = logits[:, None].expand(-1, tree.nodes, -1)
+        out = context.law.logits(full, tree, context)
+        return out[torch.arange(len(ends)), ends]
+
+    def _chains(self, context: Context, counts: Sequence[int], *, bare: bool = False) -> TokenTree:
+        """The first drafted tokens of each row as a ragged batch of chains."""
+        width = max(counts)
+        device = getattr(self.model, "device", context.ids.device)
+        if width == 0:
+            return TokenTree.root(context.roots())
+        tokens = torch.stack(
+            [
+                torch.nn.functional.pad(s[:n], (0, width - n))
+                for s, n in zip(self._stream, counts, strict=True)
+            ]
+        )
+        valid = torch.arange(width) < torch.tensor(counts)[:, None]
+        ragged = None if bool(valid.all()) else valid.to(device)
+        q = None
+        if not bare and any(self._laws):
+            some = next(law[0] for law in self._laws if law)
+            q = torch.stack(
+                [
+                    torch.stack([*laws[:n], *[torch.zeros_like(some)] * (width - n)])
+                    for laws, n in zip(self._laws, counts, strict=True)
+                ]
+            )
+        roots = context.roots().to(device)
+        return TokenTree.chain(roots, tokens.to(device), valid=ragged, q=q)
+
+    def observe(self, step: Step) -> None:
+        """Keep what was drafted ahead as long as the text goes on as drafted."""
+        assert self._session is not None
+        context, lengths = step.context, list(self._session.lengths)
+        for b, stream in enumerate(self._stream):
+            new = context.row(b)[self._base[b] :]
+            both = min(len(new), len(stream))
+            right = int((new[:both] == stream[:both]).long().cumprod(0).sum())
+            if right == len(new):
+                self._stream[b], self._laws[b] = stream[right:], self._laws[b][right:]
+            else:
+                self._stream[b], self._laws[b] = stream[:0], []
+                lengths[b] = min(lengths[b], self._base[b] + right)
+            self._base[b] = context.lengths[b]
+        self._session.truncate(lengths)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep only the given rows."""
+        super().select(rows)
+        self._stream = [self._stream[r] for r in rows]
+        self._laws = [self._laws[r] for r in rows]
+        self._base = [self._base[r] for r in rows]
+
+
+class NoBonus:
+    """An exact rule that adds no token of its own where the draft goes on already (alg. 1).
+
+    The last accepted token is handed over as the final one, so that the draft ahead stays valid;
+    a bonus token and the continuation together would be two tokens for one place.
+
+    Args:
+        window: The drafter.
+        rule: The exact rule for what is at hand.
+    """
+
+    def __init__(self, window: Window, rule: Acceptance | None = None) -> None:
+        self.window, self.rule = window, rule or Lossless()
+        self.lossless = self.rule.lossless
+        self.noise = getattr(self.rule, "noise", None)
+
+    def accept(self, tree: TokenTree, logits: torch.Tensor, context: Context) -> Verdict:
+        """See :class:`isthmus.roles.Acceptance`."""
+        verdict = self.rule.accept(tree, logits, context)
+        if tree.nodes == 1:
+            return verdict
+        depth = (verdict.path >= 0).sum(1)
+        ahead = torch.tensor(self.window.ahead, device=depth.device)
+        whole = ahead & (depth == tree.alive.sum(1)) & (depth > 1)
+        last = verdict.path.gather(1, depth[:, None] - 1)
+        token = torch.where(whole, tree.tokens.gather(1, last)[:, 0], verdict.token)
+        steps = torch.arange(verdict.path.shape[1], device=depth.device)
+        cut = torch.where(steps < (depth - whole.long())[:, None], verdict.path, -1)
+        return Verdict(cut[:, : int((depth - whole.long()).max())], token)
+
+
+class Pearl(Fixed):
+    """The policy: one window a round, tested and drafted side by side.
+
+    Args:
+        model: The draft model as a target, sharing the target's vocabulary.
+        settings: See :class:`Settings`; without a window it is 4.
+
+    Attributes:
+        acceptance: The exact rule without a bonus token.
+
+    Raises:
+        InvalidInputError: A window below 1.
+
+    Example:
+        >>> Pearl(TableTarget(5), Settings(window=3)).shape
+        Shape(nodes=3, depth=3, width=1)
+    """
+
+    role: ClassVar[str] = "policy"
+    name = "pearl"
+
+    def __init__(self, model: Target, settings: Settings | None = None) -> None:
+        chosen = settings or Settings()
+        chosen = replace(chosen, window=4 if chosen.window is None else chosen.window)
+        assert chosen.window is not None
+        if chosen.window < 1:
+            raise InvalidInputError(f"the window must be at least 1, got {chosen.window}")
+        self.window = Window(model, chosen)
+        super().__init__(self.window, Shape(chosen.window, chosen.window, 1))
+        self.acceptance = NoBonus(self.window)
+
+    @classmethod
+    def for_model(cls, model: Any, settings: Settings | None = None) -> Pearl:
+        """Take the draft model of a model, and the window from measured forward times.
+
+        Raises:
+            InvalidInputError: There is no draft model.
+        """
+        chosen = settings or Settings()
+        if model.draft_model is None:
+            raise InvalidInputError("pearl needs a draft model; give one with --draft-model")
+        if chosen.window is None and isinstance(model.target, HubTarget):
+            ratio = measure_cost(model.target)(1) / measure_cost(model.draft_model)(1)
+            chosen = replace(chosen, window=max(1, round(ratio)))
+        return cls(model.draft_model, chosen)
+
+
+def elapsed(
+    rounds: Sequence[tuple[int, int, int]], t_draft: float, target: Cost, contention: float = 0.0
+) -> float:
+    """Time of all rounds when both models run side by side.
+
+    Args:
+        rounds: Of :class:`Window`.
+        t_draft: Time of one draft forward.
+        target: Time of a target forward by its nodes.
+        contention: Share of the shorter of the two that is lost on a shared device; 1 is no
+            parallelism at all.
+
+    Example:
+        >>> elapsed([(0, 4, 1), (2, 0, 3)], 1.0, Cost({1: 3.0, 3: 3.0}))
+        9.0
+    """
+    total = 0.0
+    for serial, beside, nodes in rounds:
+        a, b = beside * t_draft, target(nodes)
+        total += serial * t_draft + max(a, b) + contention * min(a, b)
+    return total
+
+
+class _Blurred(TableTarget):
+    """A target with part of its logits replaced: a draft model that agrees as much as wanted."""
+
+    def __init__(self, target: TableTarget, share: float) -> None:
+        super().__init__(target.vocab_size, seed=target.seed, sharpness=target.sharpness)
+        self.other = TableTarget(target.vocab_size, seed=99, sharpness=target.sharpness)
+        self.share = share
+
+    def logits(self, state: torch.Tensor) -> torch.Tensor:
+        return (1 - self.share) * super().logits(state) + self.share * self.other.logits(state)
+
+
+ARMS = {
+    "pearl": Settings(),
+    "no pre-verify": Settings(pre_verify=False),
+    "no post-verify": Settings(post_verify=False),
+    "off": Settings(pre_verify=False, post_verify=False),
+}
+
+
+def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
+    """Measure the clock of both models side by side against speculation with its best length.
+
+    On models whose agreement alpha is set (time ratios 3, 5 and 10), and with ``pycode-t`` and
+    ``pycode-s`` at their measured times.
+
+    Args:
+        ruler: The clock of the forward times; the rest is counted.
+        scale: ``"small"`` is 600 tokens an arm, ``"test"`` 60.
+    """
+    full = scale != "test"
+    tokens, draws = (600, 6000) if full else (60, 800)
+    truth, guess = TableTarget(5, seed=1, sharpness=1.2), TableTarget(5, seed=2)
+
+    def law_test(settings: Settings) -> float:
+        policy = Pearl(guess, replace(settings, window=2))
+        law = Law(temperature=0.8, top_p=0.9)
+        rule = policy.acceptance
+        return string_test(policy, target=truth, law=law, acceptance=rule, rows=draws, tokens=4).p
+
+    kept = min(law_test(settings) for settings in ARMS.values())
+    target = TableTarget(40, seed=5, sharpness=2.0)
+
+    def run(draft: Target, settings: Settings, rule: Acceptance | None = None) -> Any:
+        policy = Pearl(draft, settings)
+        request = Request(torch.tensor([1, 2]), Stopper(max_new_tokens=tokens))
+        rounds = decode(
+            target,
+            [request],
+            policy=policy,
+            acceptance=NoBonus(policy.window, rule),
+            law=Law(temperature=1.0),
+            generator=torch.Generator().manual_seed(0),
+        )
+        for _ in rounds:
+            pass
+        return policy.window.rounds, request.result
+
+    near = _Blurred(target, 0.15)
+    texts = [
+        run(near, replace(s, window=w), Coupled(7))[1].tokens for s in ARMS.values() for w in (2, 5)
+    ]
+    same = sum(t == texts[0] for t in texts)
+
+    speed: dict[tuple[float, int, str], float] = {}
+    for share in (0.3, 0.15, 0.08) if full else (0.1,):
+        draft = _Blurred(target, share)
+        states = target.state(torch.randint(0, 40, (2000, 3)))
+        p, q = (torch.softmax(m.logits(states), -1) for m in (target, draft))
+        alpha = float(torch.minimum(p, q).sum(-1).mean())
+        chains = {w: run(draft, replace(ARMS["off"], window=w)) for w in (1, 2, 3, 4, 6, 8, 12)}
+        for ratio in (3, 5, 10):
+            flat = Cost({1: float(ratio)})
+
+            def per_token(got: Any, unit: Cost = flat) -> float:
+                # every forward of the target takes as long, as on a device with room to spare
+                rounds = [(s, b, 1) for s, b, _ in got[0]]
+                return elapsed(rounds, 1.0, unit) / len(got[1].tokens)
+
+            best = min(per_token(got) for got in chains.values())
+            for name, settings in ARMS.items():
+                if name != "off":
+                    mine = per_token(run(draft, replace(settings, window=ratio)))
+                    speed[alpha, ratio, name] = best / mine
+    strong = {k: v for k, v in speed.items() if k[2] == "pearl" and k[0] >= 0.7}
+    pearl = {k: v for k, v in speed.items() if k[2] == "pearl"}
+    between = statistics.fmean(
+        v >= max(speed[a, r, "no pre-verify"], speed[a, r, "no post-verify"])
+        for (a, r, _), v in pearl.items()
+    )
+
+    model = reference_model("pycode-t", "pycode-s")
+    assert model.draft_model is not None
+    t_target, t_draft = measure_cost(model.target), measure_cost(model.draft_model)(1)
+    gamma = max(1, round(t_target(1) / t_draft))
+    prompts = pycode.prompts(24 if full else 2, model.tokenizer, 96)
+    real: dict[str, float] = {}
+    for name, settings in ARMS.items():
+        for window in (gamma,) if name != "off" else (1, 2, 4, 6):
+            policy = Pearl(model.draft_model, replace(settings, window=window))
+            got = answer(model, prompts, policy, max_new_tokens=24, temperature=1.0)
+            emitted = sum(map(len, got.tokens))
+            rate = emitted * t_target(1) / elapsed(policy.window.rounds, t_draft, t_target)
+            real[name] = max(rate, real.get(name, 0.0))
+
+    gates = (
+        Gate("smallest chi-square p of the four arms", kept, ">", 1e-4),
+        Gate("coupled answers alike, all arms and windows", same, "==", len(texts)),
+        Gate("least gain over the best chain, alpha >= 0.7", min(strong.values()), ">=", 1.1),
+        Gate("least gain over the best chain, all", min(pearl.values()), ">=", 0.95),
+        Gate("cases where both modes beat either alone", between, ">=", 0.99),
+    )
+    direction = (*gates[:2], Gate("mean gain", statistics.fmean(pearl.values()), ">", 1.0))
+    return Claim(
+        slug="pearl",
+        statement="Drafting and verifying side by side is at least 1.1 times as fast as speculation "
+        "with its best draft length where seven of ten draft tokens agree, and keeps the law.",
+        paper_figure="up to 1.52x over speculative decoding, 3.79x over plain (Table 2)",
+        rows=(
+            *(
+                Row(
+                    f"speed on the clock over the best chain, alpha {a:.2f}, time ratio {r}",
+                    "x",
+                    1.0,
+                    v,
+                    1.0,
+                    note=f"no pre-verify {speed[a, r, 'no pre-verify']:.3f}, no post-verify "
+                    f"{speed[a, r, 'no post-verify']:.3f}",
+                )
+                for (a, r, _), v in pearl.items()
+            ),
+            Row(
+                "speed on the clock over plain, pycode-t and pycode-s, T = 1",
+                "x",
+                1.0,
+                real["pearl"],
+                real["off"],
+                note=f"window {gamma}; no pre-verify {real['no pre-verify']:.3f}, no post-verify "
+                f"{real['no post-verify']:.3f}; off: the best chain; two devices assumed",
+            ),
+        ),
+        scale=scale,
+        device="cpu",
+        status=judge(gates, direction),
+        notes=("The clock assumes that the two models do not slow each other down.",),
+        gates=gates,
+        seeds=(0, 7),
+    )

@@ -1,0 +1,250 @@
+"""How the reference models of generated tasks are made: their data, their networks, their marks.
+
+The counterpart of packed text in :mod:`isthmus.workbench._training`: a :class:`Course` says what a
+network looks like, what it reads at each step and what its loss is; the trainer, its checkpoints
+and the publishing of a model are the same for all.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
+
+from isthmus.workbench import dates, sums
+from isthmus.workbench._training import IGNORED, Course, Recipe, build
+from isthmus.workbench.tokenizer import end_id
+
+TASKS: Mapping[str, ModuleType] = MappingProxyType({"sums": sums, "dates": dates})
+"""The data sets by name."""
+
+MARKED = 400
+"""Held-out problems that a published model is marked on."""
+
+
+@dataclass(frozen=True)
+class TaskRecipe(Recipe):
+    """A recipe whose data are generated.
+
+    Attributes:
+        task: A name in :data:`TASKS`.
+        encoder_layers: Layers of the encoder; 0 makes a decoder-only model.
+    """
+
+    task: str = "sums"
+    encoder_layers: int = 0
+
+    def digest(self) -> str:
+        """Hash of what the data depend on."""
+        value: str = TASKS[self.task].digest()
+        return value
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The task's tokenizer."""
+        made: PreTrainedTokenizerFast = TASKS[self.task].tokenizer()
+        return made
+
+    def course(self) -> Course:
+        """What the trainer is to train."""
+        return DatesCourse(self) if self.task == "dates" else SumsCourse(self)
+
+
+class SumsCourse:
+    """Rows of whole problems and their solutions; the digits of a question carry no loss.
+
+    Args:
+        recipe: Sizes and seed.
+    """
+
+    def __init__(self, recipe: TaskRecipe) -> None:
+        self.recipe = recipe
+        self.tokenizer = recipe.tokenizer()
+        self.end = end_id(self.tokenizer)
+
+    def build(self) -> nn.Module:
+        """A Llama with fresh weights."""
+        return build(self.recipe, token_id=self.end)
+
+    def generation(self) -> GenerationConfig:
+        """End and padding tokens."""
+        return GenerationConfig(bos_token_id=self.end, eos_token_id=self.end, pad_token_id=self.end)
+
+    def batches(self, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs and labels [B, T], a function of seed and step alone."""
+        recipe = self.recipe
+        width = recipe.sequence_length
+        step = start
+        while True:
+            rng = random.Random(f"{recipe.seed}/{step}")
+            tokens: list[int] = []
+            labels: list[int] = []
+            rows: list[tuple[list[int], list[int]]] = []
+            number = 0
+            while len(rows) < recipe.batch_size:
+                (problem,) = sums.problems(
+                    1, "train", seed=f"{recipe.seed}/{step}/{number}", free=None
+                )
+                number += 1
+                question = self.encode(problem.prompt)
+                solution = [*self.encode(problem.solution(rng)), self.end]
+                tokens += [*question, *solution]
+                labels += [IGNORED] * len(question) + solution
+                if len(tokens) > width:
+                    rows.append((tokens[:width], labels[1 : width + 1]))
+                    tokens, labels = [], []
+            step += 1
+            yield torch.tensor([r[0] for r in rows]), torch.tensor([r[1] for r in rows])
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        ids: list[int] = self.tokenizer.backend_tokenizer.encode(text).ids
+        return ids
+
+    def loss(self, model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
+        """Mean nats per token of the solutions."""
+        ids, labels = batch
+        logits = model(input_ids=ids, use_cache=False).logits
+        return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+
+    def marks(self, model: Any, count: int) -> dict[str, Any]:
+        """Share of held-out problems that are solved, greedily."""
+        asked = sums.problems(count, "held-out")
+        texts = self.answers(model, [problem.prompt for problem in asked])
+        pairs = list(zip(asked, texts, strict=True))
+        right = sum(sums.check_answer(problem, text) for problem, text in pairs)
+        steps = [ok for problem, text in pairs for ok in sums.check_steps(problem, text)]
+        return {
+            "solved": round(right / count, 4),
+            "steps_right": round(sum(steps) / max(1, len(steps)), 4),
+            "problems": count,
+        }
+
+    def answers(self, model: Any, prompts: Sequence[str]) -> list[str]:
+        """Greedy solutions; prompts of one length share a batch, so nothing is padded."""
+        by_length: dict[int, list[int]] = {}
+        encoded = [self.encode(prompt) for prompt in prompts]
+        for index, ids in enumerate(encoded):
+            by_length.setdefault(len(ids), []).append(index)
+        found = [""] * len(prompts)
+        device = next(model.parameters()).device
+        for length, members in by_length.items():
+            asked = torch.tensor([encoded[i] for i in members], device=device)
+            out = model.generate(
+                input_ids=asked,
+                attention_mask=torch.ones_like(asked),
+                do_sample=False,
+                max_new_tokens=128,
+            )
+            for index, row in zip(members, out[:, length:].tolist(), strict=True):
+                found[index] = str(self.tokenizer.decode(row, skip_special_tokens=True))
+        return found
+
+
+class DatesCourse:
+    """Written dates and their ISO forms for an encoder-decoder.
+
+    Args:
+        recipe: Sizes and seed.
+    """
+
+    def __init__(self, recipe: TaskRecipe) -> None:
+        self.recipe = recipe
+        self.tokenizer = recipe.tokenizer()
+        self.end = end_id(self.tokenizer)
+        vocabulary = self.tokenizer.get_vocab()
+        self.start, self.pad = vocabulary[dates.START], vocabulary[dates.PAD]
+
+    def build(self) -> nn.Module:
+        """A BART with fresh weights, without dropout."""
+        recipe = self.recipe
+        config = BartConfig(
+            vocab_size=recipe.vocab_size,
+            d_model=recipe.hidden_size,
+            encoder_layers=recipe.encoder_layers,
+            decoder_layers=recipe.num_hidden_layers,
+            encoder_attention_heads=recipe.num_attention_heads,
+            decoder_attention_heads=recipe.num_attention_heads,
+            encoder_ffn_dim=recipe.intermediate_size,
+            decoder_ffn_dim=recipe.intermediate_size,
+            max_position_embeddings=recipe.max_position_embeddings,
+            dropout=0.0,
+            attention_dropout=0.0,
+            activation_dropout=0.0,
+            pad_token_id=self.pad,
+            bos_token_id=self.start,
+            eos_token_id=self.end,
+            decoder_start_token_id=self.start,
+            forced_eos_token_id=None,
+            dtype="float32",
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)  # transformers draws its weights from here
+            model = BartForConditionalGeneration(config)
+        model.set_attn_implementation("sdpa")
+        return model
+
+    def generation(self) -> GenerationConfig:
+        """Start, end and padding tokens."""
+        return GenerationConfig(
+            bos_token_id=self.start,
+            eos_token_id=self.end,
+            pad_token_id=self.pad,
+            decoder_start_token_id=self.start,
+        )
+
+    def batches(self, start: int) -> Iterator[tuple[Tensor, ...]]:
+        """Sources [B, T], their masks, decoder inputs and labels [B, U] of each step."""
+        recipe = self.recipe
+        step = start
+        while True:
+            drawn = dates.examples(recipe.batch_size, "train", seed=f"{recipe.seed}/{step}")
+            step += 1
+            yield self.collate(drawn)
+
+    def collate(self, drawn: Sequence[dates.Example]) -> tuple[Tensor, ...]:
+        """The tensors of some examples; see :meth:`batches`."""
+        encode = self.tokenizer.backend_tokenizer.encode
+        sources = [torch.tensor(encode(each.source).ids) for each in drawn]
+        targets = [torch.tensor([self.start, *encode(each.target).ids]) for each in drawn]
+        source = pad_sequence(sources, batch_first=True, padding_value=self.pad)
+        target = pad_sequence(targets, batch_first=True, padding_value=self.pad)
+        labels = target[:, 1:]
+        labels = torch.where(labels == self.pad, IGNORED, labels)
+        return source, (source != self.pad).long(), target[:, :-1], labels
+
+    def loss(self, model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
+        """Mean nats per character of the answers."""
+        source, mask, target, labels = batch
+        logits = model(
+            input_ids=source, attention_mask=mask, decoder_input_ids=target, use_cache=False
+        ).logits
+        return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+
+    def marks(self, model: Any, count: int) -> dict[str, Any]:
+        """Share of held-out dates that are written right, greedily."""
+        drawn = dates.examples(count, "held-out")
+        source, mask, _, _ = self.collate(drawn)
+        device = next(model.parameters()).device
+        out = model.generate(
+            input_ids=source.to(device),
+            attention_mask=mask.to(device),
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=16,
+        )
+        texts = self.tokenizer.batch_decode(out, skip_special_tokens=True)
+        right = sum(dates.check(each, text) for each, text in zip(drawn, texts, strict=True))
+        return {"solved": round(right / count, 4), "problems": count}
