@@ -16,6 +16,7 @@ from isthmus.roles import Shape
 from isthmus.systems.speculative.adaeagle import Adaeagle, Settings
 from isthmus.systems.speculative.eagle import Eagle
 from isthmus.systems.speculative.eagle import Settings as Settings_
+from isthmus.testing import check_policy
 from isthmus.training.drafting import read
 
 PROMPTS = torch.stack([torch.arange(3 + i, 11 + i) * 5 % 60 + 3 for i in range(6)])
@@ -125,6 +126,10 @@ def test_in_the_loop(drafter: Any) -> None:
     for trace in alone.rounds:
         assert trace.nodes == min(int(planned[place]), 12 - place - 1)
         place += trace.emitted
+
+
+def test_contract(drafter: Any) -> None:
+    check_policy(policy_of(drafter, cost=0.3), target=drafter.target, tokens=12)
 
 
 def test_cost_by_hand(drafter: Any) -> None:

@@ -12,9 +12,8 @@ import trained_checks as checks
 from isthmus.decoding.feature_drafter import tap_layers
 from isthmus.decoding.trained import Batch
 from isthmus.errors import InvalidInputError
-from isthmus.roles import Shape, Taps
+from isthmus.roles import Taps
 from isthmus.systems.speculative.eagle import Eagle, Settings
-from isthmus.testing import check_drafter
 
 THREE = Settings(fused_layers=(0, 1, 2), feature_weight=0.0, token_weight=1.0, noise=0.0, rollout=3)
 
@@ -89,12 +88,6 @@ def test_greedy_output_is_plain(name: str) -> None:
 
 def test_greedy_output_is_plain_with_three_layers() -> None:
     checks.same_as_plain(checks.make(Eagle, THREE), "Llama", (checks.CHAIN, checks.TREE))
-
-
-def test_contract() -> None:
-    """Among others: the first token of a sampled chain follows the q that comes with it."""
-    drafter = checks.make(Eagle)
-    check_drafter(lambda: drafter, target=drafter.target, shapes=(Shape(3, 3, 1),))
 
 
 def test_noise_and_rollout_change_the_loss() -> None:

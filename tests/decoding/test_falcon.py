@@ -17,7 +17,6 @@ from isthmus.errors import InvalidInputError
 from isthmus.nn.masks import additive
 from isthmus.roles import Shape
 from isthmus.systems.speculative.falcon import Falcon, Settings
-from isthmus.testing import check_drafter
 
 QUIET = Settings(noise=0.0, dropout=0.0, glancing=False)
 
@@ -166,11 +165,6 @@ def test_half_the_passes() -> None:
 @pytest.mark.parametrize("name", ["Llama", "GPT2", "Bart"])
 def test_greedy_output_is_plain(name: str) -> None:
     checks.same_as_plain(checks.make(Falcon, name=name), name, (checks.CHAIN, checks.TREE))
-
-
-def test_contract() -> None:
-    drafter = checks.make(Falcon)
-    check_drafter(lambda: drafter, target=drafter.target, shapes=(Shape(3, 3, 1),))
 
 
 def test_settings_that_cannot_be() -> None:

@@ -14,7 +14,6 @@ from isthmus.decoding.feature_drafter import counted
 from isthmus.decoding.policy import Fixed
 from isthmus.roles import Shape
 from isthmus.systems.speculative.jakiro import DecoupledExperts, Jakiro, Settings
-from isthmus.testing import check_drafter
 
 
 def test_learns() -> None:
@@ -113,11 +112,6 @@ def test_a_pass_less_a_round() -> None:
 def test_greedy_output_is_plain(name: str) -> None:
     shapes = (checks.CHAIN, checks.TREE, Shape(1, 1, 1), Shape(6, 2, 3))
     checks.same_as_plain(checks.make(Jakiro, name=name), name, shapes)
-
-
-def test_contract() -> None:
-    drafter = checks.make(Jakiro)
-    check_drafter(lambda: drafter, target=drafter.target, shapes=(Shape(3, 3, 1),))
 
 
 def test_files(tmp_path: Path) -> None:

@@ -11,12 +11,12 @@ from isthmus.errors import InvalidInputError, UnsupportedModelError
 from isthmus.systems.speculative.lexical_units import (
     LexicalUnits,
     Settings,
-    agreement,
     unit_lengths,
     unit_starts,
 )
 from isthmus.training.drafting import Recipe
 from isthmus.training.tuning import add_placeholder, label_loss, logits_of, next_tokens, tune
+from isthmus.workbench.tuned import agreement
 
 TEXT = (torch.arange(32)[:, None] + torch.arange(32)) % 32 + 3  # one round of tokens
 
@@ -25,7 +25,7 @@ TEXT = (torch.arange(32)[:, None] + torch.arange(32)) % 32 + 3  # one round of t
 def learned(units: bool) -> Model:
     """A tiny model that has learned to count, with its placeholders trained or not."""
     model = tiny.fresh("Llama", "float32")
-    recipe = Recipe(steps=100, batch_size=4, sequence_length=32, learning_rate=1e-2)
+    recipe = Recipe(steps=80 if units else 40, batch_size=4, sequence_length=32, learning_rate=1e-2)
     # the untuned model is sure of nothing here, so every token must count as sure
     settings = Settings(alpha=0.0, learn_units=units)
     tune(model, TEXT, LexicalUnits.fine_tuning(model, settings), recipe)

@@ -67,7 +67,8 @@ def test_rank_shares_count_the_target_s_choice() -> None:
     batch, ranks = checks.batch_of(drafter), RankShares(2, 3)
     before = ranks.shares.clone()
     logits = torch.roll(batch.target_logits, -2, 1)
-    logits = logits + 1.5 * torch.randn(logits.shape)
+    noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
+    logits = logits + 0.5 * logits.std() * noise
     ranks.learn(batch, 2, logits)
     places = [(b, i) for b in range(3) for i in (0, 4, 8)]
     top, choice = logits.argsort(-1, descending=True), batch.target_logits.argmax(-1)

@@ -69,7 +69,7 @@ def test_verification_with_replacement_is_exact(k: int) -> None:
 def test_joint_law(choice: Settings, law: Law) -> None:
     drafter = MultiCandidate(DRAFT, choice)
     policy = Fixed(drafter, drafter.default_shape)
-    result = string_test(policy, target=TARGET, law=law, rows=3000)
+    result = string_test(policy, target=TARGET, law=law, rows=1500)
     assert result.p > 1e-4 and result.impossible == 0 and result.acceptance_length > 1.2
 
 
@@ -159,16 +159,15 @@ def test_choosing_among_target_roots_changes_the_law(candidates: int, kept: bool
         law=Law(temperature=1.0),
         acceptance=drafter.acceptance,
         tokens=5,
-        rows=4000,
+        rows=1500,
     )
     assert (result.p > 1e-4) == kept and result.impossible == 0
 
 
-@pytest.mark.parametrize("choice", [Settings(), Settings(branching=(3, 2), target_roots=True)])
-def test_contract(choice: Settings) -> None:
+def test_contract_with_target_roots() -> None:
     model = TableTarget(11, seed=4, sharpness=1.5, order=2)
-    shapes = (Shape(4, 4, 1), Shape(6, 2, 3))
-    check_drafter(lambda: MultiCandidate(model, choice), shapes=shapes)
+    choice = Settings(branching=(3, 2), target_roots=True)
+    check_drafter(lambda: MultiCandidate(model, choice), shapes=(Shape(6, 2, 3),))
 
 
 @pytest.mark.parametrize("name", ["Llama", "T5"])

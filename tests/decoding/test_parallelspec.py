@@ -12,9 +12,7 @@ import trained_checks as checks
 from isthmus.decoding.feature_drafter import counted
 from isthmus.decoding.policy import Fixed
 from isthmus.errors import InvalidInputError
-from isthmus.roles import Shape
 from isthmus.systems.speculative.parallelspec import Parallelspec, Settings
-from isthmus.testing import check_drafter
 
 QUIET = Settings(noise=0.0, keep=1.0)
 THREE = Settings(
@@ -121,11 +119,6 @@ def test_greedy_output_is_plain(name: str) -> None:
 
 def test_greedy_output_is_plain_with_three_layers() -> None:
     checks.same_as_plain(checks.make(Parallelspec, THREE), "Llama", (checks.CHAIN, checks.TREE))
-
-
-def test_contract() -> None:
-    drafter = checks.make(Parallelspec)
-    check_drafter(lambda: drafter, target=drafter.target, shapes=(Shape(3, 3, 1),))
 
 
 def test_settings_that_cannot_be() -> None:

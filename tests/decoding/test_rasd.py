@@ -1,5 +1,7 @@
 """RASD: retrieval, pruning and fusion against plain sets; empty cases; losslessness."""
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from isthmus.errors import InvalidInputError, MismatchError
 from isthmus.roles import Context, Shape
 from isthmus.systems.speculative.rasd import Rasd, Settings
 from isthmus.testing import check_drafter
+from isthmus.workbench.tokenizer import train_tokenizer
 
 TARGET = TableTarget(12, seed=3, sharpness=2.0, order=2)
 DRAFT = TableTarget(12, seed=4, sharpness=1.0, order=2)
@@ -153,3 +156,22 @@ def test_bad_input_is_refused() -> None:
 
     with pytest.raises(InvalidInputError, match="--draft-model"):
         Rasd.for_model(Model())
+
+
+def test_a_datastore_is_built_from_files_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
+    text = tmp_path / "words.txt"
+    text.write_text("one two three one two four\n" * 3)
+    tokenizer = train_tokenizer([text.read_text()], 280)
+    target = TableTarget(280)
+    model = SimpleNamespace(target=target, draft_model=target, tokenizer=tokenizer)
+    made = [Rasd.for_model(model, files=[text]).store for _ in range(2)]
+    assert len(list((tmp_path / "cache" / "stores").iterdir())) == 1
+    ids = tokenizer.encode(text.read_text())
+    for store in made:
+        assert store is not None and store.end == tokenizer.eos_token_id
+        assert store.ids.tolist() == [*ids, store.end]
+        size, found = store.continuations([0, *ids[:12]], length=2)
+        assert size == 12 and tuple(ids[12:14]) in found

@@ -61,7 +61,7 @@ def test_verification_without_replacement_is_exact(k: int) -> None:
 
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_k_sequential_selection_is_exact(k: int) -> None:
-    p, q = laws(3, 12, seed=k)
+    p, q = laws(3, 6, seed=k)
     emitted = emitted_laws(KSequential(), p, q, draw="iid", k=k)
     assert float((emitted - p).abs().max()) < 1e-12
 
@@ -139,8 +139,10 @@ LAWS = {
 }
 
 
-@pytest.mark.parametrize("law", LAWS)
-@pytest.mark.parametrize("choice", [CONSTANT, BEAM, OFF], ids=["constant", "beam", "off"])
+@pytest.mark.parametrize(
+    ("choice", "law"),
+    [(CONSTANT, "top-p"), (BEAM, "temperature"), (BEAM, "top-p"), (BEAM, "top-k"), (OFF, "top-p")],
+)
 def test_joint_law(choice: Settings, law: str) -> None:
     drafter = RecursiveSpeculation(DRAFT, choice)
     policy = Fixed(drafter, drafter.default_shape)
@@ -152,7 +154,7 @@ def test_joint_law_of_k_sequential_selection_and_of_a_broken_rule() -> None:
     law = Law(temperature=1.0)
     policies = [Fixed(d, d.default_shape) for d in
                 (RecursiveSpeculation(DRAFT, s) for s in (OFF, CONSTANT, BEAM))]  # fmt: skip
-    options: dict[str, Any] = {"target": TARGET, "law": law, "rows": 2500}
+    options: dict[str, Any] = {"target": TARGET, "law": law, "rows": 1500}
     assert string_test(policies[0], acceptance=KSequential(), **options).p > 1e-4
     for policy in policies[1:]:
         assert string_test(policy, acceptance=Rejection(renormalise=False), **options).p < 1e-4
@@ -201,11 +203,10 @@ def test_level_acceptance_is_that_of_the_rule(seed: int, k: int, draw: Draw) -> 
     assert abs(float(chances.mean()) - stood) < 5 * (0.25 / rows * 2) ** 0.5
 
 
-@pytest.mark.parametrize("choice", [CONSTANT, BEAM], ids=["constant", "beam"])
-def test_contract(choice: Settings) -> None:
+def test_contract_of_the_constant_tree() -> None:
     model = TableTarget(11, seed=4, sharpness=1.5, order=2)
-    shapes = (Shape(4, 4, 1), Shape(6, 2, 3))
-    check_drafter(lambda: RecursiveSpeculation(model, choice), shapes=shapes)
+    shapes = (Shape(6, 2, 3),)
+    check_drafter(lambda: RecursiveSpeculation(model, CONSTANT), shapes=shapes)
 
 
 @pytest.mark.parametrize("name", ["Llama", "T5"])

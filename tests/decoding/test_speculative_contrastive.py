@@ -81,7 +81,7 @@ def test_joint_law_is_the_contrastive_one(choice: Settings, law: str) -> None:
         target=Pair(EXPERT, AMATEUR, **drafter.options),
         law=LAWS[law],
         acceptance=drafter.acceptance,
-        rows=600 if law == "penalty" else 2000,
+        rows=400 if law == "penalty" else 1200,
     )
     assert result.p > 1e-4 and result.impossible == 0
     assert result.acceptance_length > (1.1 if choice.num_draft_tokens else 0.99)
@@ -91,7 +91,7 @@ def test_the_mechanism_matters() -> None:
     """The contrastive law is not the expert's, and switched off the expert's law comes out."""
     off = SpeculativeContrastive(AMATEUR, Settings(contrastive=False))
     assert off.acceptance is None
-    options: dict[str, Any] = {"law": Law(temperature=0.8), "rows": 1200}
+    options: dict[str, Any] = {"law": Law(temperature=0.8), "rows": 900}
     policy = Fixed(off, off.default_shape)
     assert string_test(policy, target=EXPERT, **options).p > 1e-4
     pair = Pair(EXPERT, AMATEUR, **off.options)

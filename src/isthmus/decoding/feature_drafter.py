@@ -260,23 +260,28 @@ def of_parents(x: torch.Tensor, parent: torch.Tensor) -> torch.Tensor:
     return x.gather(1, parent[..., None].expand(-1, -1, x.shape[-1]))
 
 
+def weights_read(target: HubTarget) -> int:
+    """Weights that a forward of the target reads; of a table of embeddings it reads one row."""
+    model: Any = target.model
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    whole = sum(p.numel() for p in model.parameters())
+    return int(whole - (0 if table is head else table.numel()))
+
+
 def relative_cost(drafter: TrainedDrafter) -> float:
     """Weights that a drafter's pass reads, over those of a target forward.
 
-    A drafter without a head of its own reads the target's; of a table of embeddings one row is
-    read, which counts for nothing.
+    A drafter without a head of its own reads the target's.
     """
-    model: Any = drafter.target.model
-    table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    head = drafter.target.model.get_output_embeddings().weight
     borrows = not any("lm_head" in name for name, _ in drafter.named_parameters())
     own = sum(p.numel() for p in drafter.parameters()) + (head.numel() if borrows else 0)
-    whole = sum(p.numel() for p in model.parameters())
-    return float(own / (whole - (0 if table is head else table.numel())))
+    return float(own / weights_read(drafter.target))
 
 
 @contextmanager
 def counted(module: nn.Module) -> Iterator[list[int]]:
-    """Count the calls of a module: ``with counted(drafter.body) as calls: ...; len(calls)``."""
+    """Note every call of a module; the length of what is yielded is their number."""
     calls: list[int] = []
 
     def note(*given: Any) -> None:

@@ -76,7 +76,6 @@ class Means:
         self.prior = np.array(start, dtype=float)
         self.weight, self._keep, self._prior_memory = weight, 1.0 - 1.0 / memory, prior_memory
         self._prior_seen = np.zeros_like(self.prior)
-        self._fixed = self.prior.copy()
         self.begin(0)
 
     def begin(self, rows: int) -> None:
@@ -87,6 +86,7 @@ class Means:
     def join(self, rows: int) -> None:
         """Add new requests; what was seen so far becomes the prior of all, and it stays put."""
         self._fixed = self.prior.copy()
+        self._fixed_seen = np.minimum(self._prior_seen, self.weight)
         fresh = np.zeros((rows, *self.prior.shape))
         self.total, self.count = np.append(self.total, fresh, 0), np.append(self.count, fresh, 0)
 
@@ -111,6 +111,11 @@ class Means:
         """The estimates of all requests, [rows, ...]."""
         estimate: Array = (self.total + self.weight * self._fixed) / (self.count + self.weight)
         return estimate
+
+    def known(self) -> Array:
+        """Observations behind the estimates, those of the prior up to its weight, [rows, ...]."""
+        known: Array = self.count + self._fixed_seen
+        return known
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep only the given requests."""

@@ -187,17 +187,17 @@ class Auto:
         self._branches = np.zeros(len(self.drafters), dtype=bool)
         self._asked = dict.fromkeys(self._others, 0)
         self._spent = self._lost = 0.0
+        self._debt = {True: 0.0, False: 0.0}
         self._turn = self._round = self._idle = 0
         self._start(greedy=True, rows=0)
 
     def _start(self, greedy: bool, rows: int) -> None:
         if greedy not in self._by_law:
-            # tokens of a round, chance that anything is drafted, nodes if so; a little hope, so
-            # that where wide forwards are free everything is tried
+            # tokens of a round, chance that anything is drafted, nodes if so
             start = np.ones((3, len(self.drafters), 2, len(self.sizes)))
-            start[0, :, WIDE], start[2] = 1.2, self.sizes
-            self._by_law[greedy] = Means(start, weight=2.0, memory=self._memory)
-        self.seen = self._by_law[greedy]
+            start[2] = self.sizes
+            self._by_law[greedy] = Means(start, weight=3.0, memory=self._memory)
+        self._greedy, self.seen = greedy, self._by_law[greedy]
         self.seen.begin(rows)
         self._shadows: list[_Shadow] = []
         self._gap, self._next = 8, self._round + 1
@@ -229,7 +229,10 @@ class Auto:
             rows = [turn] * context.batch
         else:
             if self._fresh:
-                self._choice, self._fresh = self._choose(context.batch), False
+                plain = self._choice is None
+                self._choice, self._fresh = self._choose(context.batch, doubt=plain), False
+                if plain and self._choice is None and self._choose(context.batch, doubt=False):
+                    self._next = min(self._next, self._round + 6)  # promising: look again soon
             if self._choice is None:
                 return None, PLAIN
             rows, width, size = self._choice
@@ -249,14 +252,20 @@ class Auto:
             return None
         return self._others[self._turn % len(self._others)]
 
-    def _choose(self, rows: int) -> tuple[list[int], int, int] | None:
+    def _choose(self, rows: int, *, doubt: bool) -> tuple[list[int], int, int] | None:
         """Drafter of each row, shape and size of the largest goodput; None for plain decoding."""
         tokens, hit, nodes = self.seen.estimate().swapaxes(0, 1)  # [B, drafter, shape, size] each
+        if doubt:
+            # what was hardly seen is believed by halves: one lucky draft is no reason to change
+            known = self.seen.known()[:, 0]
+            tokens = 1.0 + (tokens - 1.0) * known / (known + 2.0)
         draft_s = np.array(
             [line(np.stack([np.ones(len(self.sizes)), self.sizes], 1)) for line in self.draft_s]
         )
         plain_s = self.cost(rows)
-        best = GAIN * rows / (plain_s + self.own_s([1.0, rows]))
+        # drafting that has cost time so far must promise more
+        gain = GAIN + 20.0 * self._debt[self._greedy] / max(self._spent, 1e-9)
+        best = gain * rows / (plain_s + self.own_s([1.0, rows]))
         found = None
         groups = [(d,) for d in range(len(self.drafters))]
         if rows > 1:
@@ -303,12 +312,16 @@ class Auto:
         self.own_s.coefficients = self.own_s.coefficients.clip(min=0.0)
         seconds = step.draft_s + step.score_s + own_s
         self._spent += seconds
-        if self._plan is not None and self._plan[2]:
-            self._turn += 1
-            self._asked[self._plan[0][0]] += 1
-            self._survey = self._round + self.survey
-            emitted = 1.0 + sum(step.accepted) / rows
-            self._lost += max(0.0, seconds - emitted * self.cost(rows))
+        if self._plan is not None:
+            plain_s = self.cost(rows) + self.own_s([1.0, rows])
+            gained = (1.0 + sum(step.accepted) / rows) * plain_s - seconds
+            if self._plan[2]:
+                self._turn += 1
+                self._asked[self._plan[0][0]] += 1
+                self._survey = self._round + self.survey
+                self._lost += max(0.0, -gained)
+            elif drafter is not None:
+                self._debt[self._greedy] = max(0.0, self._debt[self._greedy] - gained)
         self._plan = None
         if self._pure and self._round >= self._next:
             self._look(step.context)
@@ -375,9 +388,10 @@ class Auto:
             ]
             rows = [shadow.drafter] * len(paths)
             self._record(rows, shadow.parents, shadow.alive, paths, int(self.sizes[-1]), WIDE)
-        cold = not self._shadows  # at the start of an answer all have their say
+        # at the start of an answer, and while drafting pays, all have their say
+        every = not self._shadows or not self._idle
         self._turn += 1
-        turns = self._pure if cold else [self._pure[self._turn % len(self._pure)]]
+        turns = self._pure if every else [self._pure[self._turn % len(self._pure)]]
         self._shadows = []
         depth = min(self.depth, self._limit.depth)
         if depth < self.depth:
@@ -392,8 +406,8 @@ class Auto:
             self._shadows.append(
                 _Shadow(d, tree.tokens.tolist(), parents, tree.alive.tolist(), [*context.lengths])
             )
-        # while plain decoding wins, look less and less often
-        self._gap = min(self._gap * 3 // 2, 48) if self._idle else self.survey
+        # less and less often, least so while plain decoding wins
+        self._gap = min(self._gap * 3 // 2, 2 * self.survey if self._idle else self.survey)
         self._next = self._round + self._gap
 
     def select(self, rows: Sequence[int]) -> None:

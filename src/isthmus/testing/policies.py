@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from isthmus.decoding.acceptance import Lossless
-from isthmus.decoding.engine import Request, decode
+from isthmus.decoding.engine import Request, decode, wanted
 from isthmus.decoding.law import Law
 from isthmus.decoding.policy import Fixed
 from isthmus.decoding.stopping import Stopper
@@ -45,6 +45,7 @@ class _Watched:
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
         self.decisions = 0
+        self.taps = wanted(policy)
         self.begin = policy.begin
         self.select = policy.select
 

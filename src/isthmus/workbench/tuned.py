@@ -39,6 +39,7 @@ from isthmus.training.tuning import (
     next_tokens,
     tune,
 )
+from isthmus.workbench import pycode
 from isthmus.workbench.bench import Answers
 from isthmus.workbench.drafters import TARGET, target_model, texts
 
@@ -63,8 +64,8 @@ def tuned(
         The model in float32 on the CPU, with its tokenizer.
     """
     system: Any = None if slug is None else registry.load(slug)
-    if system is not None and settings is None:
-        settings = system().settings
+    if slug is not None and settings is None:
+        settings = registry.load_module(registry.find(slug)).Settings()
     words = {} if system is None else {n: getattr(settings, n) for n in system.tuning_settings}
     parts = {
         "system": slug,
@@ -185,3 +186,35 @@ def answer_together(
         [r.stats.acceptance_length for r in results],
         [r.stats.target_forwards for r in results],
     )
+
+
+@torch.no_grad()
+def agreement(model: Model, prompt: torch.Tensor, tokens: Sequence[int]) -> list[bool]:
+    """Whether each token is the model's likeliest one after what stands before it.
+
+    What a lossy method is judged by: token by token, so that one other word does not count as a
+    wholly other answer.
+
+    Args:
+        model: The model that decoded.
+        prompt: int64 [T].
+        tokens: What was written after it.
+    """
+    ids = torch.cat([prompt, torch.tensor(list(tokens))])
+    choice = model.target.forward(ids[None]).logits[0, len(prompt) - 1 : -1].argmax(-1)
+    same: list[bool] = (choice == ids[len(prompt) :]).tolist()
+    return same
+
+
+def docstring_prompts(count: int, tokenizer: Any, length: int) -> list[list[int]]:
+    """At most ``count`` prompts from held-out files that end where a docstring begins."""
+    found = []
+    for text in pycode.texts("held-out"):
+        place = text.find('    """', len(text) // 3)
+        part = text[max(0, place - 16 * length) : place + 7] if place > 0 else ""
+        ids = tokenizer.encode(part, add_special_tokens=False)
+        if len(ids) >= length:
+            found.append(ids[-length:])
+        if len(found) == count:
+            break
+    return found

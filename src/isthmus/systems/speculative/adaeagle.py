@@ -29,7 +29,7 @@ from torch import nn
 
 from isthmus import registry
 from isthmus.claims import Claim, Gate, Row, Ruler, Scale, judge
-from isthmus.decoding.feature_drafter import FeatureDrafter, relative_cost
+from isthmus.decoding.feature_drafter import FeatureDrafter, relative_cost, weights_read
 from isthmus.decoding.survey import Survey, survey
 from isthmus.decoding.target import HubTarget
 from isthmus.decoding.trained import (
@@ -276,9 +276,7 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
     steps = 600 if full else 20
     policy = Adaeagle(drafter, Settings(longest=longest)).learn(seen, steps=steps)
     c = policy.cost
-    extra = sum(p.numel() for p in policy.predictor.parameters()) / (
-        sum(p.numel() for p in drafter.parameters()) / c
-    )
+    extra = sum(p.numel() for p in policy.predictor.parameters()) / weights_read(drafter.target)
 
     def measured(
         rounds: Survey, lengths: torch.Tensor, price: float = 0.0, tried: torch.Tensor | None = None

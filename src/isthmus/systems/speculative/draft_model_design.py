@@ -250,10 +250,12 @@ def recipes(steps: int) -> list[Recipe]:
     ]
 
 
-def trained(steps: int) -> dict[str, HubTarget]:
-    """The five draft models, trained on first use and kept in the cache folder."""
+def trained(steps: int, layers: Sequence[int] = tuple(SHAPES)) -> dict[str, HubTarget]:
+    """The draft models of these depths, trained on first use and kept in the cache folder."""
     found = {}
     for recipe in recipes(steps):
+        if recipe.num_hidden_layers not in layers:
+            continue
         folder = cache_folder() / "reference" / f"{recipe.name}-{fingerprint(recipe)}"
         if not (folder / "model.safetensors").exists():
             # a twelfth of the corpus is more than so short a training reads
@@ -270,11 +272,11 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
     Args:
         ruler: The clock.
         scale: ``"small"`` trains for 200 steps of 1024 tokens and replays 48 texts of 20 tokens;
-            ``"test"`` trains for 2 and replays 2.
+            ``"test"`` trains two of them for 2 and replays 2.
     """
     small = scale != "test"
     count, tokens, steps = (48, 20, 200) if small else (2, 8, 2)
-    models = trained(steps)
+    models = trained(steps) if small else trained(steps, (1, 6))
     model = reference_model("pycode-t")
     prompts = pycode.prompts(count, model.tokenizer, 96)
     plain = answer(model, prompts, "none", max_new_tokens=tokens)
@@ -330,8 +332,10 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
         ),
         scale=scale,
         device="cpu",
-        status=judge(gates, (*gates[:3], gates[5])),
-        reason="" if all(g.passed for g in gates) else "see the gates that were missed",
+        status=judge(gates, (*gates[:3], *gates[4:])),
+        reason=""
+        if all(g.passed for g in gates)
+        else "the draft models are trained for a minute each and predict almost alike",
         notes=(
             f"Each draft model saw {steps * 1024:,} tokens.",
             f"{count - len(straight)} of {count} greedy texts repeat a phrase and are left out.",

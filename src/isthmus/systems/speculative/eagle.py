@@ -139,7 +139,7 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
     """Measure EAGLE against Medusa and against itself without its idea, all on ``pycode-m``.
 
     Every drafter sees the same texts in the same order. The chain of 4 decides; the tree of the
-    paper and the EAGLE-3 layer are reported.
+    paper and the noise are reported.
 
     Args:
         ruler: The clock; not used, nothing is timed.
@@ -149,13 +149,11 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
     rows, count = (256, 24) if full else (8, 2)
     recipe = None if full else Recipe(steps=12)
     model, held_out = target_model(), texts(split="held-out")
-    assert isinstance(model.target, HubTarget)
     arms = {
         "eagle": Settings(),
         "token not shifted": Settings(shifted_token=False),
         "feature only": Settings(use_token=False),
         "no noise": Settings(noise=0.0),
-        "eagle3": Settings.eagle3(model.target.num_layers),
     }
     trained = {name: reference_drafter("eagle", s, recipe=recipe) for name, s in arms.items()}
     trained["medusa"] = reference_drafter("medusa", recipe=recipe)
@@ -220,14 +218,6 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
                 ours,
                 None,
                 note="baseline: no noise; reported, not claimed",
-            ),
-            Row(
-                "acceptance length, chain of 4, layer and loss of EAGLE-3",
-                unit,
-                ours,
-                tau["eagle3"],
-                None,
-                note="baseline: EAGLE; reported, not claimed",
             ),
         ),
         scale=scale,

@@ -323,7 +323,9 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
     ratio = calls([a for a, _ in pairs]) / calls([b for _, b in pairs])
     gates = (
         Gate("exact mode and the full model write the same", same, "==", count),
-        Gate("accuracy kept, best fixed threshold", right(ours) / right(full), ">=", 0.97),
+        Gate(
+            "accuracy kept, best fixed threshold", right(ours) / max(right(full), 1e-9), ">=", 0.97
+        ),
         Gate("layer calls, share of the full model's", share(ours), "<=", 0.75),
         Gate("points above state copying", right(ours) - right(copied[best]), ">=", 0.0),
         Gate("points above leaving always", right(ours) - right(shallow), ">", 0.0),

@@ -219,7 +219,10 @@ class GlideCape(TrainedDrafter):
             real.append(rank < self.candidates(top.values[:, :1]))
             level = Level(top.indices[:, :1], zero, level.score, depth + 1)
         topology = _comb(shape.depth, widest).to(roots.device)
-        keep = torch.cat([torch.ones_like(real[0][:, :1]), *real], 1)
+        spine = (rank == 0).repeat(shape.depth).expand(len(roots), -1)
+        beside = torch.cat(real, 1) & ~spine
+        beside &= beside.cumsum(1) <= shape.nodes - shape.depth  # the chain comes first
+        keep = F.pad(spine | beside, (1, 0), value=True)
         return TokenTree(torch.cat(tokens, 1), topology).prune(keep, closed=True)
 
     def select_state(self, rows: torch.Tensor) -> None:

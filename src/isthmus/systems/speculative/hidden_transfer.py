@@ -128,7 +128,7 @@ class HiddenTransfer(TrainedDrafter):
                 where = where.clamp(max=self.target.max_length - 1)
             past = Joined(batch.past)
             hidden = self.slices.run(hidden, stage, stop, where, additive(seen, hidden.dtype), past)
-        index = torch.tensor([order.index(k) for k in range(1, len(order) + 1)])
+        index = [order.index(k) for k in range(1, len(order) + 1)]
         return hidden.view(b, len(order), t, -1)[:, index]
 
     def loss(self, batch: Batch) -> torch.Tensor:
@@ -155,7 +155,8 @@ class HiddenTransfer(TrainedDrafter):
     def begin(self, context: Context, target: Target, **inputs: Any) -> None:
         """Nothing can be drafted before the first shared forward."""
         super().begin(context, target, **inputs)
-        self.shared, self._ready = None, torch.zeros(context.batch, dtype=torch.bool)
+        self.shared = None
+        self._ready = torch.zeros(context.batch, dtype=torch.bool, device=self.target.device)
 
     def absorb(self, fresh: Fresh) -> None:
         """Nothing: the next draft comes out of the shared forward."""
@@ -173,7 +174,8 @@ class HiddenTransfer(TrainedDrafter):
         """Take over the pseudo states of the last accepted node."""
         states = None if self.shared is None else self.shared.states
         self.shared = None
-        self._ready = torch.full((step.tree.batch,), states is not None)
+        made = states is not None
+        self._ready = torch.full((step.tree.batch,), made, device=self.target.device)
         if states is not None:
             last = (step.verdict.path >= 0).sum(1, keepdim=True) - 1
             node = step.verdict.path.gather(1, last)[:, 0]

@@ -266,9 +266,9 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
 
     Args:
         ruler: The clock.
-        scale: ``"small"`` is 96 dates and 48 code prompts of 24 tokens, ``"test"`` 8 and 4.
+        scale: ``"small"`` is 96 dates and 48 code prompts of 24 tokens, ``"test"`` 4 and 2.
     """
-    count, prompts, tokens = (96, 48, 24) if scale != "test" else (8, 4, 8)
+    count, prompts, tokens = (96, 48, 24) if scale != "test" else (4, 2, 8)
     model = reference_model("dates", dtype="float64")
     sources = [model.tokenizer.encode(e.source) for e in dates.examples(count)]
     length = len(model.tokenizer.encode(dates.examples(1)[0].target))  # the end token included

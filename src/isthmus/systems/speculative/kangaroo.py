@@ -119,10 +119,10 @@ class Kangaroo(TrainedDrafter):
 
     def propose(self, context: Context, shape: Shape) -> TokenTree:
         """A chain that ends in each row after its first unsure token (Alg. 1)."""
-        self.session, self._tops = context.session, []
-        self._run = ShallowRun(self.slices, self.session, self.exit)
+        self._run, self._tops = None, []
         tree = super().propose(context, Shape(shape.nodes, shape.depth, 1))
-        self.session.ahead = self._run  # verification goes on from the shallow states
+        if self._run is not None:
+            self.session.ahead = self._run  # verification goes on from the shallow states
         if tree.nodes < 3:
             return tree
         sure = torch.stack(self._tops[: tree.nodes - 2], 1) >= self.settings.threshold
@@ -131,9 +131,11 @@ class Kangaroo(TrainedDrafter):
 
     def expand(self, level: Level) -> torch.Tensor:
         """Run a token through the first layers and the adapter."""
-        assert self._cache is not None and self._run is not None
+        assert self._cache is not None
         if level.depth == 0:
             self._cache.drop()
+            self._run = ShallowRun(self.slices, self.session, self.exit)
+        assert self._run is not None
         hidden = self._run.step(level.tokens)
         positions, mask = self._cache.branch(level.parent)
         logits = self.adapt(hidden, positions, mask, self._cache.store(0))

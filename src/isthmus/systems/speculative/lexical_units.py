@@ -27,6 +27,7 @@ import torch
 from isthmus.claims import Claim, Gate, Row, Ruler, Scale, judge
 from isthmus.decoding.generation import Generation
 from isthmus.decoding.law import Law
+from isthmus.decoding.model import as_list
 from isthmus.decoding.stopping import Stopper
 from isthmus.decoding.tree import TokenTree, chain_topology
 from isthmus.errors import InvalidInputError, UnsupportedModelError
@@ -46,7 +47,7 @@ from isthmus.training.tuning import (
 )
 from isthmus.workbench import pycode
 from isthmus.workbench.drafters import texts
-from isthmus.workbench.tuned import RECIPE, tuned, with_placeholder
+from isthmus.workbench.tuned import RECIPE, agreement, docstring_prompts, tuned, with_placeholder
 
 
 @dataclass(frozen=True)
@@ -169,15 +170,14 @@ class LexicalUnits:
                 "lexical-units needs a model that was tuned to emit units, and this one has no "
                 f"{PLACEHOLDER} in its config; tune a copy with isthmus.workbench.tuned"
             )
-        ends = model.target.model.generation_config.eos_token_id
-        ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+        ends = as_list(model.target.model.generation_config.eos_token_id)
         return cls(model.target, token, settings, ends, model.tokenizer)
 
     @classmethod
     def fine_tuning(cls, model: Any, settings: Settings) -> Loss:
         """Next tokens, and whole units behind placeholders (sec. 3.2)."""
         base = copy.deepcopy(model).eval()
-        end = model.config.eos_token_id
+        end = torch.tensor(as_list(model.config.eos_token_id), dtype=torch.int64)
         token = add_placeholder(model)
 
         def loss(ids: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -188,7 +188,7 @@ class LexicalUnits:
                 law = torch.softmax(logits_of(base, ids[:, :-1]), -1)
             gold = law.gather(2, ids[:, 1:, None])[..., 0]
             sure = torch.nn.functional.pad(gold >= settings.alpha, (1, 0))
-            starts = unit_starts(sure, settings.longest, ids == end)
+            starts = unit_starts(sure, settings.longest, torch.isin(ids, end.to(ids.device)))
             lengths = unit_lengths(starts)
             # units of one token have nothing to learn and are drawn only where no other is left
             worth = (starts & (lengths > 1)).float() + 1e-6
@@ -230,10 +230,7 @@ class LexicalUnits:
         s, target, begin = self.settings, self.target, time.perf_counter()
         law = Law(temperature=temperature)
         generator = torch.Generator(target.device)
-        if seed is not None:
-            generator.manual_seed(seed)
-        else:
-            generator.seed()
+        generator.manual_seed(generator.seed() if seed is None else seed)
         stopper = Stopper(max_new_tokens=max_new_tokens, end_tokens=() if ignore_end else self.ends)
         result = Generation(lossless=False, drafter=self.name, prompt_tokens=len(ids))
         context = Context(ids[None], [len(ids)], [len(ids)], law, generator, [0])
@@ -245,7 +242,7 @@ class LexicalUnits:
         while not result.finish_reason:
             past = len(ids) + len(result.tokens)
             room = min(limit - past, max_new_tokens - len(result.tokens), s.longest)
-            if room < 1:
+            if room < 1:  # the context is full
                 result.finish_reason = "length"
                 break
             block = [*pending, *[self.token] * (room - 1)]
@@ -256,11 +253,9 @@ class LexicalUnits:
             session.keep(torch.arange(len(pending), device=target.device)[None])
             root = TokenTree.root(torch.tensor([pending[-1]], device=target.device))
             probs = law.probs(logits[:, :1], root, context)[0]
-            first = (
-                probs.argmax(-1)
-                if law.greedy
-                else torch.multinomial(probs, 1, generator=generator)[0]
-            )
+            first = probs.argmax(-1)
+            if not law.greedy:
+                first = torch.multinomial(probs, 1, generator=generator)[0]
             sure = torch.softmax(logits[0, 1:], -1).max(-1)
             count = int((sure.values > s.beta).long().cumprod(0).sum())
             new = [int(first), *sure.indices[:count].tolist()]
@@ -277,15 +272,6 @@ class LexicalUnits:
         if self.tokenizer is not None:
             result.text = self.tokenizer.decode(result.tokens, skip_special_tokens=True)
         return result
-
-
-@torch.no_grad()
-def agreement(model: Any, prompt: torch.Tensor, tokens: Sequence[int]) -> list[bool]:
-    """Whether each token is the model's likeliest one after what stands before it."""
-    ids = torch.cat([prompt, torch.tensor(list(tokens))])
-    choice = model.target.forward(ids[None]).logits[0, len(prompt) - 1 : -1].argmax(-1)
-    same: list[bool] = (choice == ids[len(prompt) :]).tolist()
-    return same
 
 
 @dataclass(frozen=True)
@@ -317,20 +303,6 @@ def sweep(
             same += agreement(model, ids, result.tokens)
         points.append(Point(beta, 1 - forwards / len(same), sum(same) / len(same)))
     return points
-
-
-def docstring_prompts(count: int, tokenizer: Any, length: int) -> list[list[int]]:
-    """Prompts from held-out files that end where a docstring begins."""
-    found = []
-    for text in pycode.texts("held-out"):
-        place = text.find('    """', len(text) // 3)
-        part = text[max(0, place - 16 * length) : place + 7] if place > 0 else ""
-        ids = tokenizer.encode(part, add_special_tokens=False)
-        if len(ids) >= length:
-            found.append(ids[-length:])
-        if len(found) == count:
-            break
-    return found
 
 
 def claim(ruler: Ruler, scale: Scale = "small") -> Claim:

@@ -85,7 +85,7 @@ def guess_tree(nodes: int, depth: int, top_k: int) -> RankTree:
 
     Example:
         >>> guess_tree(4, 4, 10).parents, guess_tree(4, 4, 10).ranks
-        ((-1, 0, 1, 2, 0), (0, 0, 0, 0, 1))
+        ((-1, 0, 1, 0, 0), (0, 0, 0, 1, 2))
     """
     level = torch.tensor(RANK_WEIGHTS[:top_k])
     decay = DEPTH_DECAY ** torch.arange(depth)[:, None]

@@ -382,7 +382,10 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
         scale=scale,
         device="cpu",
         status=judge(gates, direction),
-        notes=(f"Trained for {steps} steps of 40 dates; last loss {drafter.training_record}.",),
+        notes=(
+            f"Trained for {steps} steps of 40 dates, to a smoothed loss of "
+            f"{drafter.training_record['loss']}.",
+        ),
         gates=gates,
         seeds=(0,),
     )
