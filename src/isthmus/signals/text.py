@@ -49,12 +49,12 @@ def _read(path: Path) -> list[str]:
     except OSError as error:
         raise BrokenFileError(f"{path} cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise BrokenFileError(f"{path}, line {line}: not UTF-8 text") from error
+        place = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise BrokenFileError(f"{path}, line {place}: not UTF-8 text") from error
     if path.suffix != ".jsonl":
         return [text]
     documents = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:

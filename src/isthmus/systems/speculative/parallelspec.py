@@ -10,6 +10,8 @@ Differs: The host is EAGLE. The root's own row drafts the first token and K - 1 
     product of the slots' laws instead of a static one.
 Lossless: yes
 
+One round::
+
     [x_2; f_1] ... [x_{t+1}; f_t] [mask; h] [mask; h]   one pass
                         │            │         │
                      q(x_{t+2})   q(x_{t+3}) q(x_{t+4})
