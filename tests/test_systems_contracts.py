@@ -72,7 +72,7 @@ def test_contract_of_a_trained_drafter(slug: str) -> None:
         except UnsupportedModelError:
             continue
         inputs = {"input_ids": torch.arange(3, 12).view(3, 3)} if target.encoder_decoder else None
-        testing.check_drafter(lambda d=drafter: d, target=target, shapes=SHAPES, inputs=inputs)
+        testing.check_drafter(lambda d=drafter: d, target=target, shapes=SHAPES[1:], inputs=inputs)
         kept.append(name)
     assert len(kept) >= ENOUGH, f"{slug} works on {kept} only"
 
