@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -117,7 +117,7 @@ REACH = dict.fromkeys(MAKERS, "tree") | {"Bloom": "chain", "Mamba": "step", "Mam
 NAMES = list(MAKERS)
 
 
-@lru_cache(maxsize=64)
+@cache
 def network(name: str, dtype: str = "float64", *, noise: float = 0.0) -> Any:
     """A random model; with noise, a relative of it that mostly agrees: a draft model."""
     if noise:
@@ -136,13 +136,13 @@ def network(name: str, dtype: str = "float64", *, noise: float = 0.0) -> Any:
     return model.eval().to(DTYPES[dtype])
 
 
-@lru_cache(maxsize=64)
+@cache
 def target(name: str, dtype: str = "float64", *, noise: float = 0.0) -> HubTarget:
     """The model as a target; its reach is measured once."""
     return HubTarget(network(name, dtype, noise=noise))
 
 
-@lru_cache(maxsize=64)
+@cache
 def facade(name: str, dtype: str = "float64") -> Model:
     """The model behind the Python door, with a draft model of its family where one can be."""
     model = object.__new__(Model)
@@ -164,7 +164,7 @@ def features(name: str, dtype: str, rows: int = 3) -> torch.Tensor:
     return torch.randn(rows, 8, 40, generator=generator).to(DTYPES[dtype])
 
 
-@lru_cache(maxsize=64)
+@cache
 def reference(name: str, dtype: str, new: int) -> list[list[int]]:
     """New tokens of transformers' own greedy ``generate`` for the three prompts, one by one."""
     model = network(name, dtype)
