@@ -52,6 +52,7 @@ def test_sorted_by_family_and_slug(systems_root: Path, make_system: MakeSystem) 
     assert names == [("codecs", "z"), ("speculative", "a-b"), ("speculative", "b")]
     assert registry.families(root=systems_root) == ["codecs", "speculative"]
     assert [i.slug for i in registry.systems("codecs", root=systems_root)] == ["z"]
+    assert registry.slugs("speculative", root=systems_root) == ["a-b", "b"]
 
 
 def test_nothing_is_imported_for_a_listing(systems_root: Path, make_system: MakeSystem) -> None:

@@ -1,6 +1,7 @@
 """Training a drafter: exact resumption, data, and the commands."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,31 @@ def test_bad_words_are_one_line(
     assert main(words) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def test_a_target_that_cannot_be_trained_for_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "eagle", "--out", str(tmp_path / "out"), "--target"]
+    (tmp_path / "data.txt").write_text("x = 1\n" * 400)
+    data = ["--data", str(tmp_path / "data.txt")]
+    pair, endless = tmp_path / "pair", tmp_path / "endless"
+    config = tf.BartConfig(vocab_size=8, d_model=16, encoder_layers=1, decoder_layers=1)
+    tf.BartForConditionalGeneration(config).save_pretrained(pair)
+    shutil.copytree(folder, endless)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(endless)
+    capsys.readouterr()
+    for target, more, message in [
+        (pair, [], "an encoder-decoder needs a source"),
+        (endless, [], "no end-of-text token"),
+        (folder, ["--sequence-length", "300"], "longer than the target's context of 256"),
+    ]:
+        assert main([*words, str(target), *data, *more]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_ctrl_c_keeps_the_run(

@@ -38,6 +38,7 @@ __all__ = [
     "find",
     "load",
     "read_header",
+    "slugs",
     "systems",
 ]
 
@@ -140,6 +141,17 @@ def systems(family: str | None = None, *, root: Path | None = None) -> list[Syst
             raise InvalidInputError(f"two systems share one name: {twin} and {path}; rename one")
     package = _package(root)
     return [_info(path, package) for path in paths]
+
+
+def slugs(family: str, *, root: Path | None = None) -> list[str]:
+    """Names of the systems of one family, sorted; no file is read.
+
+    Args:
+        family: Name of the folder; one without systems has no names.
+        root: Folder to look in instead of the one inside the package.
+    """
+    found = (path for path in _files(root) if path.parent.name == family)
+    return [path.stem.replace("_", "-") for path in found]
 
 
 def find(slug: str, *, root: Path | None = None) -> SystemInfo:

@@ -79,6 +79,11 @@ def train(
     chosen = settings_from(system.settings_type, _pairs(settings))
     check_replaceable(out)
     model = load(target, dtype="float32", device=device)
+    if model.target.encoder_decoder:
+        raise InvalidInputError(
+            "drafters are trained on plain texts, and an encoder-decoder needs a source for each; "
+            "give a decoder-only target"
+        )
     torch.manual_seed(seed)
     drafter = system(model.target, chosen).to(model.target.device)
     texts, held_out = _texts(model.tokenizer, data, sequence_length)

@@ -31,7 +31,7 @@ NEUTRAL = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "p
 
 def drafters() -> list[str]:
     """Names that ``drafter=`` takes."""
-    return [*BUILT_IN, *(s.slug for s in registry.systems("speculative"))]
+    return [*BUILT_IN, *registry.slugs("speculative")]
 
 
 class Model:
@@ -103,8 +103,8 @@ class Model:
             IsthmusError: Bad input; the message says what to do.
         """
         many = isinstance(prompt, (list, tuple)) and not _is_ids(prompt)
-        strategy = self._strategy(drafter)
-        if strategy is not None:
+        own_loop = _strategy(drafter)
+        if own_loop is not None:
             given = [name for name, value in (("stop", stop), ("law", law)) if value]
             given += [name for name, value in sampling.items() if value != NEUTRAL.get(name)]
             given = [name for name in given if name != "temperature"]
@@ -112,6 +112,7 @@ class Model:
                 raise InvalidInputError(
                     f"{drafter} has its own decoding loop and takes no {', '.join(given)}"
                 )
+            strategy = own_loop.for_model(self)
             answers = [
                 self._follow(
                     strategy,
@@ -166,7 +167,7 @@ class Model:
             New text, never taken back. The generator's return value is the
             :class:`~isthmus.decoding.generation.Generation`.
         """
-        if self._strategy(options.get("drafter", "auto")) is not None:
+        if _strategy(options.get("drafter", "auto")) is not None:
             self.last = self.generate(prompt, **options)
             yield self.last.text
             return self.last
@@ -247,13 +248,6 @@ class Model:
                 )
             return system(self.draft_model)
         return system()
-
-    def _strategy(self, drafter: str | Policy) -> Any:
-        """The system of that name bound to this model, if it has a decoding loop of its own."""
-        if not isinstance(drafter, str) or drafter in BUILT_IN or drafter not in drafters():
-            return None
-        system: Any = registry.load(drafter)
-        return system.for_model(self) if getattr(system, "role", "") == "strategy" else None
 
     def _follow(self, strategy: Any, prompt: Any, *, name: str, **options: Any) -> Generation:
         result: Generation = strategy.generate(self.encode(prompt), **options)
@@ -399,6 +393,14 @@ class _Job:
 
 def _is_ids(prompt: Sequence[Any]) -> bool:
     return len(prompt) == 0 or isinstance(prompt[0], int)
+
+
+def _strategy(drafter: str | Policy) -> Any:
+    """The system of that name, if it has a decoding loop of its own."""
+    if not isinstance(drafter, str) or drafter not in registry.slugs("speculative"):
+        return None
+    system = registry.load(drafter)
+    return system if getattr(system, "role", "") == "strategy" else None
 
 
 def rule_of(policy: Any) -> Acceptance | None:

@@ -147,6 +147,12 @@ class DraftTraining:
             raise InvalidInputError(
                 f"texts must be [texts, {recipe.sequence_length}], got {list(texts.shape)}"
             )
+        longest = drafter.target.max_length
+        if longest is not None and recipe.sequence_length > longest:
+            raise InvalidInputError(
+                f"texts of {recipe.sequence_length} tokens are longer than the target's context "
+                f"of {longest}; set sequence_length to at most that"
+            )
         if int(texts.max()) >= drafter.target.vocab_size:
             raise InvalidInputError("the texts hold token ids outside the target's vocabulary")
         self.drafter, self.texts, self.held_out, self.recipe = drafter, texts, held_out, recipe

@@ -323,6 +323,6 @@ def _only(drafter: Any, system: str, format: str) -> None:
     name = getattr(drafter, "name", type(drafter).__name__)
     if name != system:
         raise InvalidInputError(
-            f"this {name} drafter cannot be written as {format!r}, which holds {system} drafters; it "
-            "runs in isthmus only unless another format takes it"
+            f"this {name} drafter cannot be written as {format!r}, which holds {system} drafters; "
+            "it runs in isthmus only unless another format takes it"
         )

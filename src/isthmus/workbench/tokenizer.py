@@ -7,6 +7,8 @@ from typing import Any, cast
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from isthmus.errors import InvalidInputError
+
 END = "<|endoftext|>"
 
 # Line ends and indentation stand alone: a prompt that ends after a colon, after a newline or after
@@ -84,5 +86,13 @@ def end_id(tokenizer: PreTrainedTokenizerFast) -> int:
 
     Returns:
         The id.
+
+    Raises:
+        InvalidInputError: The tokenizer has none.
     """
-    return int(cast(int, tokenizer.eos_token_id))
+    end = cast("int | None", tokenizer.eos_token_id)
+    if end is None:
+        raise InvalidInputError(
+            "the tokenizer has no end-of-text token to put between texts; set its eos_token"
+        )
+    return int(end)
