@@ -18,14 +18,19 @@ from isthmus.training.tuning import IGNORED, tune
 
 @pytest.fixture(scope="module")
 def network():
-    """A BART of four decoder layers in float64 whose answers do not end by themselves."""
+    return four_layers("Bart")
+
+
+def four_layers(kind):
+    """A BART or mBART of four decoder layers in float64 whose answers do not end by themselves."""
     import transformers
 
-    config = copy.deepcopy(tiny.network("Bart").config)
-    config.decoder_layers = 4
+    settings = tiny.network("Bart").config.to_dict() | {"decoder_layers": 4}
+    settings.pop("model_type")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        model = transformers.BartForConditionalGeneration(config)
+        config = getattr(transformers, f"{kind}Config")(**settings)
+        model = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
     for p in model.parameters():
         if p.ndim > 1:
             p.data.mul_(3)
@@ -100,6 +105,23 @@ def test_the_stack_gives_the_states_of_the_full_model(network):
     encoded = target.encode(input_ids=source[None])
     whole = target.forward(tokens, encoded=encoded, taps=Taps(final=True)).features
     assert float((whole.final - want).abs().max()) < 1e-9
+
+
+@pytest.mark.parametrize("kind", ["Bart", "MBart"])
+def test_copied_keys_are_those_of_the_first_deep_layer(kind):
+    """That layer reads the shallow states, so there a copy is no approximation."""
+    split = SplitDecoder(four_layers(kind), 2)
+    tokens = torch.tensor([[1, 9, 8, 7]])
+    deep, copied = split.session(tiny.prompts()[0]), split.session(tiny.prompts()[0])
+    with torch.no_grad():
+        deep.deep(deep.shallow(tokens))
+        copied.copy_up(copied.shallow(tokens))
+    layers = [s.cache.self_attention_cache.layers for s in (deep, copied)]
+    for name in ("keys", "values"):
+        first, second = (getattr(each[2], name) for each in layers)
+        assert float((first - second).abs().max()) < 1e-9
+        first, second = (getattr(each[3], name) for each in layers)
+        assert float((first - second).abs().max()) > 1e-3
 
 
 def test_the_mechanism_matters(network):

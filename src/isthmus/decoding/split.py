@@ -30,6 +30,7 @@ class SplitDecoder:
     Attributes:
         exit_layer: As given.
         num_layers: Decoder layers L.
+        norms_first: Whether a layer norms what it reads (mBART) and not what it writes (BART).
 
     Raises:
         InvalidInputError: ``exit_layer`` leaves one part empty.
@@ -56,6 +57,8 @@ class SplitDecoder:
                 f"the exit must stand after layer 1 to {self.num_layers - 1}, not {exit_layer}"
             )
         self.exit_layer = exit_layer
+        # only networks that norm before each part need one more norm behind the last layer
+        self.norms_first = getattr(self.decoder, "layer_norm", None) is not None
         self._verify()
 
     def session(self, source: torch.Tensor) -> SplitSession:
@@ -138,10 +141,12 @@ class SplitSession:
     def copy_up(self, hidden: torch.Tensor) -> None:
         """Give the deep layers keys of the shallow states [1, N, D] instead of computing theirs."""
         for index in range(self.split.exit_layer, self.split.num_layers):
-            attention = self.split.layers[index].self_attn
+            layer = self.split.layers[index]
+            attention = layer.self_attn
             shape = (*hidden.shape[:2], -1, attention.head_dim)
-            keys = attention.k_proj(hidden).view(shape).transpose(1, 2)
-            values = attention.v_proj(hidden).view(shape).transpose(1, 2)
+            read = layer.self_attn_layer_norm(hidden) if self.split.norms_first else hidden
+            keys = attention.k_proj(read).view(shape).transpose(1, 2)
+            values = attention.v_proj(read).view(shape).transpose(1, 2)
             self.cache.self_attention_cache.update(keys, values, index)
 
     def truncate(self, length: int) -> None:

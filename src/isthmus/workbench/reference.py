@@ -139,7 +139,7 @@ _MAKERS = (
         batch_size=64,
         sequence_length=16,
         max_position_embeddings=64,
-        steps=700,
+        steps=400,
         decay_share=0.4,
     ),
 )

@@ -5,7 +5,7 @@ Paper: Bae, Ko, Song, Yun. Fast and Robust Early-Exiting Framework for Autoregre
 Idea: One shallow exit; a confident token is written there and its shallow state is stacked. The
     first token that is not confident runs the deep layers on the whole stack at once, so no deep
     state is copied or missing, and the comparison tunes the threshold.
-Differs: For BART-like decoders, whose hidden states are normalised at every layer. The exit's
+Differs: For decoders built like BART or mBART. The exit's
     distillation and both losses are the paper's. ``mode="exact"`` is added: the stack is a draft,
     and its first disagreement is taken back, so the text is the full model's. ``mode="copy"`` is
     the state copying of CALM, for comparison.
