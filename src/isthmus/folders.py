@@ -1,7 +1,13 @@
-"""Where isthmus keeps what it can make again."""
+"""Where isthmus keeps what it can make again, and how folders are written as a whole."""
 
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+
+from isthmus.errors import BrokenFileError, InvalidInputError
 
 
 def cache_folder() -> Path:
@@ -11,3 +17,73 @@ def cache_folder() -> Path:
         return Path(own).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base).expanduser() if base else Path.home() / ".cache") / "isthmus"
+
+
+def check_replaceable(folder: Path, marks: Sequence[str], kind: str) -> None:
+    """Refuse a folder whose loss would be felt.
+
+    Args:
+        folder: What is about to be replaced.
+        marks: Files that only something of this kind has.
+        kind: What may be replaced, for the message.
+
+    Raises:
+        InvalidInputError: It holds files and none of the marks, or is a file.
+    """
+    if folder.is_dir():
+        if any(folder.iterdir()) and not any((folder / mark).exists() for mark in marks):
+            raise InvalidInputError(
+                f"{folder} holds something that is no {kind}; choose a new folder"
+            )
+    elif folder.exists():
+        raise InvalidInputError(f"{folder} is a file; choose a new folder")
+
+
+@contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """Make a folder, and turn an operating-system refusal inside the block into one line.
+
+    Raises:
+        BrokenFileError: It cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise BrokenFileError(
+            f"{folder} cannot be written ({error.strerror or error}); set ISTHMUS_CACHE, or give "
+            "another folder that can be written"
+        ) from error
+
+
+@contextmanager
+def published(folder: Path) -> Iterator[Path]:
+    """A new folder that takes the place of another as a whole, once the block has ended well.
+
+    Args:
+        folder: Where to; an interrupted block leaves what was there.
+
+    Yields:
+        The folder to write in, beside it.
+
+    Raises:
+        BrokenFileError: It cannot be written.
+    """
+    with writable(folder.parent):
+        new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        old = new.with_name(f"{new.name}.old")
+        try:
+            yield new
+            # temporary folders and safetensors files are private; the result need not be
+            new.chmod(0o755)
+            for path in new.iterdir():
+                if path.is_file():
+                    path.chmod(0o644)
+            if folder.exists():
+                folder.rename(old)
+            new.rename(folder)
+        finally:
+            if old.exists() and not folder.exists():
+                old.rename(folder)  # the last step failed
+            shutil.rmtree(new, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)

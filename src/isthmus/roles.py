@@ -84,6 +84,11 @@ class Features:
     final: torch.Tensor | None = None
     layers: dict[int, torch.Tensor] = field(default_factory=dict)
 
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Features:
+        """The same states after one change, such as a choice of rows or tokens."""
+        final = None if self.final is None else change(self.final)
+        return Features(final, {i: change(x) for i, x in self.layers.items()})
+
 
 @dataclass
 class Context:

@@ -164,6 +164,11 @@ class Growth:
         """Expected accepted tokens of the best tree so far, E = sum of v, [B]."""
         return self._score[:, 1:].exp().sum(1)
 
+    @property
+    def scores(self) -> torch.Tensor:
+        """Path log-probability of every node of :meth:`tree`, the root's 0 first, [B, N]."""
+        return self._score[:, : int((self._score > -torch.inf).sum(1).max())]
+
     def tree(self) -> TokenTree:
         """The best nodes so far, best first: the first m of them are the best tree of m nodes."""
         valid = self._score > -torch.inf

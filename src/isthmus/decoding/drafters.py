@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from isthmus.decoding.builders import Growth, RankTree
-from isthmus.decoding.law import chain_logits
+from isthmus.decoding.law import chain_logits, draw_next
 from isthmus.decoding.tree import Draw, TokenTree, Topology, chain_topology, merge, stack
 from isthmus.errors import InvalidInputError, MismatchError, UnsupportedModelError
 from isthmus.roles import Context, Drafter, Session, Shape, Step, Target
@@ -195,7 +195,8 @@ class ModelDrafter:
                 f"the draft model has {self.model.vocab_size} tokens and the target "
                 f"{target.vocab_size}; a draft model must share the target's vocabulary"
             )
-        own = inputs if getattr(self.model, "encoder_decoder", False) else {}
+        reads = ("encoder_decoder", "takes_images")
+        own = inputs if any(getattr(self.model, name, False) for name in reads) else {}
         self._session = self.model.session(context.batch, **own)
         rows = [context.row(b)[:-1] for b in range(context.batch)]
         if any(len(r) for r in rows):
@@ -254,26 +255,22 @@ class ModelDrafter:
         logits = self._feed(block)
         drafted = logits.new_zeros(context.batch, 0, dtype=torch.int64)
         laws = []
-        point = context.law.greedy or context.noise is not None
         for level in range(depth):
             law = self._law(logits, context, drafted)
-            if point:
-                if context.noise is not None and not context.law.greedy:
-                    law = torch.log_softmax(law, -1) + torch.stack(
-                        [
-                            context.noise(r, n + level, self._vocab)
-                            for r, n in zip(context.requests, context.lengths, strict=True)
-                        ]
-                    ).to(law.device)
-                token = law.argmax(-1, keepdim=True)
-            else:
-                laws.append(torch.softmax(law, -1))
-                token = torch.multinomial(laws[-1], 1, generator=context.generator)
+            token, q = draw_next(law, context, [n + level for n in context.lengths])
+            if q is not None:
+                laws.append(q)
             drafted = torch.cat([drafted, token], 1)
             if level + 1 < depth:
+                if self.stops():
+                    break
                 logits = self._feed(TokenTree(token, chain_topology(1)))
         roots = context.roots().to(drafted.device)
-        return TokenTree.chain(roots, drafted, q=None if point else torch.stack(laws, 1))
+        return TokenTree.chain(roots, drafted, q=torch.stack(laws, 1) if laws else None)
+
+    def stops(self) -> bool:
+        """Whether no row wants another draft token; a drafter that stops early says so here."""
+        return False
 
     def _law(self, logits: torch.Tensor, context: Context, drafted: torch.Tensor) -> torch.Tensor:
         logits = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
@@ -375,13 +372,13 @@ class ModelDrafter:
             gain: Stop after a level that adds no more expected tokens than this in any row.
 
         Returns:
-            The chosen tree, best nodes first, and its expected accepted tokens [B].
+            The chosen tree, best nodes first, and the path log-probability of each node [B, N].
         """
         shape = self.ready(context, shape)
         device = getattr(self.model, "device", context.ids.device)
         roots = context.roots().to(device)
         if shape.nodes == 0:
-            return TokenTree.root(roots), torch.zeros(len(roots), device=device)
+            return TokenTree.root(roots), torch.zeros(len(roots), 1, device=device)
         growth = Growth(roots, shape.nodes)
         branch = min(branch or shape.nodes, shape.width)
         rows = torch.arange(len(roots), device=device)[:, None]
@@ -394,7 +391,7 @@ class ModelDrafter:
             if level.tokens.shape[1] == 0 or not bool((now - before > gain).any()):
                 break
             before = now
-        return growth.tree(), growth.expected()
+        return growth.tree(), growth.scores
 
     def fill(self, context: Context, shape: Shape, plan: RankTree) -> TokenTree:
         """Draft a static tree: the node of rank r below a node is its r-th likeliest child.

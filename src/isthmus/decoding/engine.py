@@ -94,7 +94,9 @@ def decode(
     rows = target.max_batch or len(requests)
     for first in range(0, len(requests), rows):
         part = slice(first, first + rows)
-        chunk = {k: v[part] if torch.is_tensor(v) else v for k, v in (inputs or {}).items()}
+        chunk = dict(inputs or {})
+        if rows < len(requests):  # a row may come with several images, so only where it must be
+            chunk = {k: v[part] if torch.is_tensor(v) else v for k, v in chunk.items()}
         batch = _Batch(target, requests[part], policy, acceptance, law, generator, chunk, trace)
         for emitted in batch.run():
             yield [(first + index, tokens) for index, tokens in emitted]

@@ -187,3 +187,29 @@ def chain_logits(logits: torch.Tensor, context: Context, drafted: torch.Tensor) 
     tree = TokenTree(tokens, chain_topology(tokens.shape[1]))
     full = logits[:, None].expand(-1, tokens.shape[1], -1)
     return context.law.logits(full, tree, context)[:, -1]
+
+
+def draw_next(
+    law: torch.Tensor, context: Context, places: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The next token of a drafted chain: the likeliest, the one that shared noise picks, or a draw.
+
+    Args:
+        law: Processed logits of the drafter [B, V].
+        context: Its law, noise and source of draws.
+        places: Position of the token in each row.
+
+    Returns:
+        Tokens [B, 1], and the law [B, V] that they were drawn from; None for chosen tokens.
+    """
+    if context.law.greedy:
+        return law.argmax(-1, keepdim=True), None
+    if context.noise is not None:
+        noise = [
+            context.noise(request, place, law.shape[-1])
+            for request, place in zip(context.requests, places, strict=True)
+        ]
+        law = torch.log_softmax(law, -1) + torch.stack(noise).to(law.device)
+        return law.argmax(-1, keepdim=True), None
+    q = torch.softmax(law, -1)
+    return torch.multinomial(q, 1, generator=context.generator), q

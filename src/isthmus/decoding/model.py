@@ -92,7 +92,8 @@ class Model:
             ignore_end: Do not stop at end tokens, for measurements.
             inputs: Encoder inputs of encoder-decoder models, as the model takes them, instead of
                 ``prompt`` (for example ``input_features``); then ``prompt`` holds the decoder's
-                start tokens and may be empty.
+                start tokens and may be empty. For models that read images, what stands for the
+                image placeholders of the prompt (``pixel_values``).
             sampling: ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty``,
                 ``processors``; see :class:`isthmus.decoding.law.Law`.
 
@@ -103,8 +104,8 @@ class Model:
             IsthmusError: Bad input; the message says what to do.
         """
         many = isinstance(prompt, (list, tuple)) and not _is_ids(prompt)
-        own_loop = _strategy(drafter)
-        if own_loop is not None:
+        strategy_type = own_loop(drafter)
+        if strategy_type is not None:
             given = [name for name, value in (("stop", stop), ("law", law)) if value]
             given += [name for name, value in sampling.items() if value != NEUTRAL.get(name)]
             given = [name for name in given if name != "temperature"]
@@ -112,7 +113,7 @@ class Model:
                 raise InvalidInputError(
                     f"{drafter} has its own decoding loop and takes no {', '.join(given)}"
                 )
-            strategy = own_loop.for_model(self)
+            strategy = strategy_type.for_model(self)
             answers = [
                 self._follow(
                     strategy,
@@ -167,7 +168,7 @@ class Model:
             New text, never taken back. The generator's return value is the
             :class:`~isthmus.decoding.generation.Generation`.
         """
-        if _strategy(options.get("drafter", "auto")) is not None:
+        if own_loop(options.get("drafter", "auto")) is not None:
             self.last = self.generate(prompt, **options)
             yield self.last.text
             return self.last
@@ -352,9 +353,9 @@ class Model:
     ) -> tuple[list[torch.Tensor], dict[str, Any] | None]:
         """Decoder start tokens and encoder inputs of each prompt."""
         if not self.target.encoder_decoder:
-            if inputs:
+            if inputs and not getattr(self.target, "takes_images", False):
                 raise InvalidInputError("only encoder-decoder models take encoder inputs")
-            return [self.encode(p) for p in prompts], None
+            return [self.encode(p) for p in prompts], inputs
         if self.target.start_token is None:
             raise InvalidInputError(
                 "this encoder-decoder model has no decoder_start_token_id in its generation "
@@ -395,7 +396,7 @@ def _is_ids(prompt: Sequence[Any]) -> bool:
     return len(prompt) == 0 or isinstance(prompt[0], int)
 
 
-def _strategy(drafter: str | Policy) -> Any:
+def own_loop(drafter: str | Policy) -> Any:
     """The system of that name, if it has a decoding loop of its own."""
     if not isinstance(drafter, str) or drafter not in registry.slugs("speculative"):
         return None

@@ -10,6 +10,7 @@ import torch
 from isthmus.decoding.acceptance import Lossless
 from isthmus.decoding.cost import Cost
 from isthmus.decoding.drafters import ModelDrafter
+from isthmus.decoding.law import draw_next
 from isthmus.decoding.tree import TokenTree, chain_topology
 from isthmus.roles import Acceptance, Context, Shape, Step, Target, Verdict
 
@@ -89,27 +90,15 @@ class Window(ModelDrafter):
         width = max(len(f) for f in fresh)
         block = torch.stack([torch.nn.functional.pad(f, (0, width - len(f))) for f in fresh])
         valid = torch.arange(width) < torch.tensor([len(f) for f in fresh])[:, None]
-        point = context.law.greedy or context.noise is not None
         tree = TokenTree(block, chain_topology(width), valid)
         for _ in range(window):
             logits = self._feed(tree)
-            law = self._after(context, logits)
-            if context.noise is not None and not context.law.greedy:
-                places = [b + len(s) for b, s in zip(self._base, self._stream, strict=True)]
-                noise = [
-                    context.noise(r, n, self._vocab)
-                    for r, n in zip(context.requests, places, strict=True)
-                ]
-                law = torch.log_softmax(law, -1) + torch.stack(noise).to(law.device)
-            if point:
-                token = law.argmax(-1, keepdim=True)
-            else:
-                probs = torch.softmax(law, -1)
-                token = torch.multinomial(probs, 1, generator=context.generator)
+            places = [b + len(s) for b, s in zip(self._base, self._stream, strict=True)]
+            token, q = draw_next(self._after(context, logits), context, places)
             for b in go.nonzero()[:, 0].tolist():
                 self._stream[b] = torch.cat([self._stream[b], token[b].cpu()])
-                if not point:
-                    self._laws[b].append(probs[b])
+                if q is not None:
+                    self._laws[b].append(q[b])
             tree = TokenTree(token.cpu(), chain_topology(1), go[:, None])
         return [window * int(w) for w in who]
 

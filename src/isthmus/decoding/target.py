@@ -79,6 +79,8 @@ class HubTarget:
         max_batch: 1 for models with recurrent state, else None.
         max_nodes: Draft nodes that one forward may hold.
         encoder_decoder: Whether sessions take encoder inputs.
+        takes_images: Whether sessions take images: decoder-only models whose prompt holds image
+            placeholders (LLaVA and its kind).
 
     Raises:
         UnsupportedModelError: The model cannot be decoded with an unchanged output.
@@ -103,6 +105,14 @@ class HubTarget:
             )
         names = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in names
+        # with positions in three rows (Qwen2-VL) the text after an image does not count on by one
+        self.takes_images = (
+            not self.encoder_decoder
+            and not self.recurrent
+            and "pixel_values" in names
+            and not hasattr(model.base_model, "get_rope_index")
+        )
+        self._inputs = frozenset(names) - {"input_ids", "attention_mask", "position_ids"}
         self._cache_name = "past_key_values" if "past_key_values" in names else "cache_params"
         self._takes_logits_to_keep = "logits_to_keep" in names
         self._position_table = self._find_position_table()
@@ -120,16 +130,18 @@ class HubTarget:
             batch: Rows B.
             inputs: Encoder inputs for encoder-decoder models: ``input_ids`` [B, T] or
                 ``input_features`` [B, M, T], and ``attention_mask`` [B, T]; or ``encoder_outputs``.
+                For models with ``takes_images``, what their image processor makes:
+                ``pixel_values`` and so on, for the placeholders of all rows in order.
 
         Raises:
             InvalidInputError: Encoder inputs are missing or not wanted.
             UnsupportedModelError: More rows than ``max_batch``.
         """
-        if self.encoder_decoder != bool(inputs):
+        if self.encoder_decoder != bool(inputs) and not self.takes_images:
             raise InvalidInputError(
                 f"{type(self.model).__name__} needs encoder inputs"
                 if self.encoder_decoder
-                else f"{type(self.model).__name__} takes no encoder inputs"
+                else f"{type(self.model).__name__} takes no encoder inputs and no images"
             )
         if self.max_batch is not None and batch > self.max_batch:
             raise UnsupportedModelError(
@@ -141,7 +153,24 @@ class HubTarget:
 
     @torch.no_grad()
     def encode(self, **inputs: Any) -> dict[str, Any]:
-        """Run the encoder once; returns what every decoder call needs."""
+        """Run the encoder once; returns what every decoder call needs.
+
+        Images are only made ready: a model with ``takes_images`` reads them in its first call.
+
+        Raises:
+            InvalidInputError: An input is missing or unknown.
+        """
+        if not self.encoder_decoder:
+            unknown = sorted(inputs.keys() - self._inputs)
+            if unknown or "pixel_values" not in inputs:
+                raise InvalidInputError(
+                    f"{type(self.model).__name__} reads images from pixel_values, and "
+                    f"{', '.join(unknown) or 'none'} is no input of its image processor"
+                )
+            return {
+                name: x.to(self.device, self.dtype if x.is_floating_point() else x.dtype)
+                for name, x in inputs.items()
+            }
         mask = inputs.get("attention_mask")
         extra = {} if mask is None else {"attention_mask": mask}
         if "encoder_outputs" in inputs:
@@ -187,7 +216,7 @@ class HubTarget:
             kwargs |= encoded or {}
             kwargs |= {"decoder_input_ids": tokens, "decoder_attention_mask": mask}
         else:
-            kwargs |= {"input_ids": tokens, "attention_mask": mask}
+            kwargs |= {**(encoded or {}), "input_ids": tokens, "attention_mask": mask}
             if positions is not None and self._takes_positions:
                 kwargs["position_ids"] = positions
         last: list[torch.Tensor] = []
@@ -380,10 +409,7 @@ def join_features(parts: Sequence[Features]) -> Features:
 
 def cut_features(features: Features | None, nodes: slice) -> Features | None:
     """Features of some of the N tokens."""
-    if features is None:
-        return None
-    final = None if features.final is None else features.final[:, nodes]
-    return Features(final, {i: x[:, nodes] for i, x in features.layers.items()})
+    return None if features is None else features.map(lambda x: x[:, nodes])
 
 
 class SlotSession:
@@ -392,7 +418,8 @@ class SlotSession:
     Args:
         target: The model.
         batch: Rows B.
-        encoded: Result of :meth:`HubTarget.encode`, empty for decoder-only models.
+        encoded: Result of :meth:`HubTarget.encode`, empty for decoder-only models; images until
+            they have been read.
 
     Attributes:
         ahead: How the next tree is scored instead, for drafters that share the target's forward;
@@ -419,19 +446,35 @@ class SlotSession:
         return self.cache.lengths
 
     def prefill(self, rows: Sequence[torch.Tensor], *, taps: Taps | None = None) -> Features | None:
-        """Cache the tokens of each row, one int64 [T_b] tensor a row."""
+        """Cache the tokens of each row, one int64 [T_b] tensor a row.
+
+        Raises:
+            InvalidInputError: The images do not fit the placeholders of the rows.
+        """
         longest = max(len(r) for r in rows)
+        images = bool(self.encoded) and not self.target.encoder_decoder
+        size = longest if images else PREFILL_CHUNK  # all placeholders have to be in one call
         chunks = []
-        for start in range(0, longest, PREFILL_CHUNK):
-            parts = [r[start : start + PREFILL_CHUNK] for r in rows]
+        for start in range(0, longest, size):
+            parts = [r[start : start + size] for r in rows]
             width = max(len(p) for p in parts)
             tokens = torch.stack([F.pad(p, (0, width - len(p))) for p in parts])
             steps = torch.arange(width)
             path = torch.stack([torch.where(steps < len(p), steps, -1) for p in parts])
             valid = None if bool((path >= 0).all()) else (path >= 0).to(self.target.device)
             tree = TokenTree(tokens.to(self.target.device), chain_topology(width), valid)
-            chunks.append(self._run(tree, taps=taps, last_only=True).features)
+            try:
+                chunks.append(self._run(tree, taps=taps, last_only=True).features)
+            except ValueError as error:
+                if not images:
+                    raise
+                raise InvalidInputError(
+                    f"the images cannot be read ({str(error).strip().splitlines()[0]}); a prompt "
+                    "holds one placeholder for each feature of its images, and text after them"
+                ) from error
             self.keep(path.to(self.target.device))
+        if images:
+            self.encoded = {}  # from here on they are keys and values
         return join_features([c for c in chunks if c is not None]) if taps else None
 
     def score(self, tree: TokenTree, *, taps: Taps | None = None) -> Scores:

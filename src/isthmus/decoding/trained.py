@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -32,11 +30,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from isthmus import folders
 from isthmus.decoding.builders import Growth, Level
-from isthmus.decoding.law import chain_logits
+from isthmus.decoding.law import chain_logits, draw_next
 from isthmus.decoding.target import HubTarget
 from isthmus.decoding.tree import TokenTree
 from isthmus.errors import BrokenFileError, InvalidInputError, MismatchError, UnsupportedModelError
+from isthmus.folders import published
 from isthmus.nn.decoder import LayerSizes
 from isthmus.roles import Context, Features, Shape, Step, Taps, Target
 
@@ -226,12 +226,7 @@ class TrainedDrafter(nn.Module):
         def take(x: torch.Tensor) -> torch.Tensor:
             return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
-        whole = step.features
-        features = Features(
-            None if whole.final is None else take(whole.final),
-            {i: take(x) for i, x in whole.layers.items()},
-        )
-        self._absorb(Fresh(tokens, following, features, valid))
+        self._absorb(Fresh(tokens, following, step.features.map(take), valid))
 
     def _absorb(self, fresh: Fresh) -> None:
         assert self._ready is not None
@@ -283,26 +278,17 @@ class TrainedDrafter(nn.Module):
         )
         drafted = roots.new_zeros(len(roots), 0)
         laws = []
-        point = context.law.greedy or context.noise is not None
         for step in range(depth):
             logits = self.expand(level)[:, 0].float()
             if step and self.stops(logits):
                 break
             law = chain_logits(logits, context, drafted)
-            if context.noise is not None and not context.law.greedy:
-                noise = [
-                    context.noise(r, n + step, logits.shape[-1])
-                    for r, n in zip(context.requests, context.lengths, strict=True)
-                ]
-                law = torch.log_softmax(law, -1) + torch.stack(noise).to(law.device)
-            if point:
-                token = law.argmax(-1, keepdim=True)
-            else:
-                laws.append(torch.softmax(law, -1))
-                token = torch.multinomial(laws[-1], 1, generator=context.generator)
+            token, q = draw_next(law, context, [n + step for n in context.lengths])
+            if q is not None:
+                laws.append(q)
             drafted = torch.cat([drafted, token], 1)
             level = Level(token, torch.zeros_like(token), level.score, step + 1)
-        return TokenTree.chain(roots, drafted, q=None if point else torch.stack(laws, 1))
+        return TokenTree.chain(roots, drafted, q=torch.stack(laws, 1) if laws else None)
 
     def _tree(self, roots: torch.Tensor, shape: Shape) -> TokenTree:
         """The best nodes by path probability (EAGLE-2, 2406.16858): a chosen tree."""
@@ -369,33 +355,17 @@ class TrainedDrafter(nn.Module):
         """
         folder = Path(folder)
         check_replaceable(folder)
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-            try:
-                weights = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-                save_file(weights, part / WEIGHTS, metadata={"format": "pt"})
-                config = {
-                    "system": self.name,
-                    "settings": asdict(self.settings),
-                    "target": target_fingerprint(self.target),
-                    "sha256": hashlib.sha256((part / WEIGHTS).read_bytes()).hexdigest(),
-                    "training": self.training_record,
-                }
-                (part / CONFIG).write_text(json.dumps(config, indent=1))
-                part.chmod(0o755)
-                (part / WEIGHTS).chmod(0o644)
-                if folder.exists():
-                    old = part.with_name(f"{part.name}.old")
-                    folder.rename(old)
-                    part.rename(folder)
-                    shutil.rmtree(old, ignore_errors=True)
-                else:
-                    part.rename(folder)
-            finally:
-                shutil.rmtree(part, ignore_errors=True)
-        except OSError as error:
-            raise BrokenFileError(f"{folder} cannot be written ({error.strerror})") from error
+        with published(folder) as part:
+            weights = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+            save_file(weights, part / WEIGHTS, metadata={"format": "pt"})
+            config = {
+                "system": self.name,
+                "settings": asdict(self.settings),
+                "target": target_fingerprint(self.target),
+                "sha256": hashlib.sha256((part / WEIGHTS).read_bytes()).hexdigest(),
+                "training": self.training_record,
+            }
+            (part / CONFIG).write_text(json.dumps(config, indent=1))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, target: HubTarget) -> Self:
@@ -459,10 +429,7 @@ def check_replaceable(folder: Path) -> None:
     Raises:
         InvalidInputError: It holds files and no drafter.
     """
-    if not folder.exists() or (folder / CONFIG).exists():
-        return
-    if not folder.is_dir() or any(folder.iterdir()):
-        raise InvalidInputError(f"{folder} holds something that is no drafter; choose a new folder")
+    folders.check_replaceable(folder, (CONFIG,), "drafter")
 
 
 def target_fingerprint(target: HubTarget) -> str:

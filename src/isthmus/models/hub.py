@@ -156,18 +156,20 @@ def load_tokenizer(source: str) -> Any:
 def _auto_class(config: Any) -> Any:
     from transformers import (
         AutoModelForCausalLM,
+        AutoModelForImageTextToText,
         AutoModelForSeq2SeqLM,
         AutoModelForSpeechSeq2Seq,
     )
 
-    for auto in (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq):
-        if bool(config.is_encoder_decoder) == (auto is AutoModelForCausalLM):
+    decoders = (AutoModelForCausalLM, AutoModelForImageTextToText)
+    for auto in (*decoders, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq):
+        if bool(config.is_encoder_decoder) == (auto in decoders):
             continue
         if type(config) in auto._model_mapping:
             return auto
     raise UnsupportedModelError(
         f"model type {config.model_type!r} does not generate text with transformers; isthmus "
-        "decodes causal, sequence-to-sequence and speech-to-text models"
+        "decodes causal, sequence-to-sequence, speech-to-text and image-to-text models"
     )
 
 

@@ -11,8 +11,6 @@ The engines draft chains with these files; trees are drafted here only.
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,8 @@ import torch
 from safetensors.torch import save_file
 
 from isthmus.decoding.trained import TrainedDrafter
-from isthmus.errors import BrokenFileError, InvalidInputError, UnknownNameError
+from isthmus.errors import InvalidInputError, UnknownNameError
+from isthmus.folders import published, writable
 
 FILES = ("config.json", "model.safetensors")
 Writer = Callable[[Any], tuple[dict[str, Any], dict[str, torch.Tensor]]]
@@ -292,26 +291,16 @@ def export(drafter: TrainedDrafter, format: str, folder: str | Path) -> None:
         raise UnknownNameError("format", format, FORMATS)
     config, tensors = FORMATS[format](drafter)
     folder = Path(folder)
-    try:
+    with writable(folder.parent):
         if folder.exists() and not {p.name for p in folder.iterdir()} <= set(FILES):
             raise InvalidInputError(f"{folder} holds something else; choose a new folder")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
-            plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-            save_file(plain, part / FILES[1], metadata={"format": "pt"})
-            kinds = {
-                str(v.dtype).removeprefix("torch.") for v in plain.values() if v.is_floating_point()
-            }
-            (part / FILES[0]).write_text(json.dumps(config | {"torch_dtype": min(kinds)}, indent=1))
-            folder.mkdir(exist_ok=True)
-            for name in reversed(FILES):
-                (part / name).chmod(0o644)
-                (part / name).replace(folder / name)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-    except OSError as error:
-        raise BrokenFileError(f"{folder} cannot be written ({error.strerror})") from error
+    with published(folder) as part:
+        plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+        save_file(plain, part / FILES[1], metadata={"format": "pt"})
+        kinds = {
+            str(v.dtype).removeprefix("torch.") for v in plain.values() if v.is_floating_point()
+        }
+        (part / FILES[0]).write_text(json.dumps(config | {"torch_dtype": min(kinds)}, indent=1))
 
 
 def _only(drafter: Any, system: str, format: str) -> None:

@@ -11,8 +11,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +25,7 @@ from isthmus import registry
 from isthmus.decoding.model import Model
 from isthmus.decoding.trained import target_fingerprint
 from isthmus.errors import BrokenFileError
-from isthmus.folders import cache_folder
+from isthmus.folders import cache_folder, published
 from isthmus.models.hub import load_checkpoint
 from isthmus.roles import Acceptance, Policy
 from isthmus.training.drafting import Recipe
@@ -132,21 +130,12 @@ def _train(
         "curve": [round(m, 4) for m in means],
         "held_out_nats": round(held_out_loss(model, held_out), 4),
     }
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with published(folder) as part:  # what is there already is damaged: it has no card
         with _quiet():
             model.save_pretrained(part)
         if origin.tokenizer is not None:
             origin.tokenizer.save_pretrained(part)
         (part / CARD).write_text(json.dumps(record, indent=1), encoding="utf-8")
-        part.chmod(0o755)
-        if folder.exists():  # damaged: it had no card
-            shutil.rmtree(folder)
-        part.rename(folder)
-    except OSError as error:
-        raise BrokenFileError(f"{folder} cannot be written ({error.strerror})") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 @contextmanager

@@ -40,6 +40,7 @@ from isthmus.decoding.trained import (
     target_fingerprint,
 )
 from isthmus.errors import BrokenFileError, InvalidInputError, MismatchError
+from isthmus.folders import published
 from isthmus.roles import PLAIN, Context, Drafter, Shape, Step, Target
 from isthmus.training.drafting import Recipe
 from isthmus.workbench.bench import answer, repeats_itself
@@ -212,23 +213,21 @@ class Adaeagle:
 
         Raises:
             InvalidInputError: The folder holds something else.
+            BrokenFileError: It cannot be written.
         """
         folder = Path(folder)
         check_replaceable(folder)
-        (folder / CONFIG).unlink(missing_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.drafter.save_pretrained(folder / "drafter")
-        weights = {k: v.detach().cpu() for k, v in self.predictor.state_dict().items()}
-        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-        config = {
-            "system": self.name,
-            "settings": asdict(self.settings),
-            "target": target_fingerprint(self.drafter.target),
-            "sha256": hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest(),
-        }
-        part = folder / f"{CONFIG}.part"  # last, so that half a folder is none
-        part.write_text(json.dumps(config, indent=1))
-        part.replace(folder / CONFIG)
+        with published(folder) as part:
+            self.drafter.save_pretrained(part / "drafter")
+            weights = {k: v.detach().cpu() for k, v in self.predictor.state_dict().items()}
+            save_file(weights, part / WEIGHTS, metadata={"format": "pt"})
+            config = {
+                "system": self.name,
+                "settings": asdict(self.settings),
+                "target": target_fingerprint(self.drafter.target),
+                "sha256": hashlib.sha256((part / WEIGHTS).read_bytes()).hexdigest(),
+            }
+            (part / CONFIG).write_text(json.dumps(config, indent=1))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, target: HubTarget) -> Self:

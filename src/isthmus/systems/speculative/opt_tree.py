@@ -98,8 +98,8 @@ class OptTree(ModelDrafter):
         if not self.settings.adaptive:
             return self.fill(context, shape, template(shape.nodes))
         # E = sum over nodes of v, v = product of q along the path (eq. 3 and 4)
-        tree, expected = self.grow(context, shape, gain=self.settings.gain)
-        self.expected = expected.tolist()
+        tree, score = self.grow(context, shape, gain=self.settings.gain)
+        self.expected = score[:, 1:].exp().sum(1).tolist()
         return tree
 
 

@@ -42,7 +42,7 @@ from isthmus.decoding.trained import Batch, Fresh
 from isthmus.errors import InvalidInputError
 from isthmus.nn.masks import additive, rollout_mask
 from isthmus.objectives.distillation import feature_noise, smooth_l1, soft_cross_entropy
-from isthmus.roles import Features, Shape
+from isthmus.roles import Shape
 from isthmus.training.drafting import Recipe, acceptance_length
 from isthmus.workbench.bench import answer, repeats_itself
 from isthmus.workbench.drafters import curve_note, reference_drafter, target_model, texts
@@ -250,12 +250,8 @@ class Parallelspec(FeatureDrafter):
         super().select_state(rows)
         self._guess = self._guess[rows]
         if self._fresh is not None:
-            f = self._fresh.features
-            kept = Features(
-                None if f.final is None else f.final[rows],
-                {i: x[rows] for i, x in f.layers.items()},
-            )
             fresh = self._fresh
+            kept = fresh.features.map(lambda x: x[rows])
             self._fresh = Fresh(fresh.tokens[rows], fresh.following[rows], kept, fresh.valid[rows])
 
 

@@ -6,14 +6,14 @@ Idea: Keep only the retrieved branches whose first token the draft model finds l
     them with the draft model's tree by longest prefix matching: long matches inside the domain,
     the model's quality outside.
 Differs: The draft model is any small language model instead of an EAGLE head; its tree is the one
-    of the largest path probabilities. A retrieved node is ranked by the draft model's probability
-    of its branch times its share of the branch, which is one way to combine the two orders that
-    the paper names. Draft nodes that retrieval leaves unused go to the model's tree, so that every
-    round may score the same number of nodes.
+    of the largest path probabilities. The paper gives each tree a budget of its own; here all nodes
+    are ranked by one estimate of their path probability, so that every round scores the same number
+    of nodes: the draft model's own, and for a retrieved node the draft model's probability of its
+    branch times the store's shares below it, c / (c of the parent + 1).
 Lossless: yes
 
     context ──suffix array──> continuations ──top-k of the draft law──┐
-       └─────draft model────> tree ───────────────────────────────────┴──trie──> target
+       └─────draft model────> tree ─────────────────────────────── best nodes ──trie──> target
 """
 
 from __future__ import annotations
@@ -43,9 +43,10 @@ class Settings:
 
     Attributes:
         nodes: Draft nodes of a round, retrieved and drawn together.
-        model: Nodes of the draft model's tree that come before any retrieved one.
-        retrieved: Retrieved nodes at most; 0 switches retrieval off.
-        prune: The mechanism: retrieved branches must begin with a likely token; off is a union.
+        model: Nodes of the draft model's tree that are considered; 0 drafts by retrieval alone.
+        retrieved: Retrieved nodes that are considered; 0 switches retrieval off.
+        prune: The mechanism: retrieved branches must begin with a likely token; off, they are
+            ranked by their counts alone.
         top_k: First tokens of the draft model that a retrieved branch may begin with.
         longest: Longest suffix that is looked up.
         shortest: Shortest suffix that counts as a match.
@@ -55,7 +56,7 @@ class Settings:
     """
 
     nodes: int = 32
-    model: int = 12
+    model: int = 32
     retrieved: int = 20
     prune: bool = True
     top_k: int = 10
@@ -76,7 +77,7 @@ class Rasd(ModelDrafter):
 
     Attributes:
         looked_up: Rounds and rows in which the datastore was asked.
-        offered: Retrieved nodes that were put into trees, before duplicates merged.
+        offered: Retrieved nodes that were put into trees.
 
     Raises:
         InvalidInputError: A setting is out of range.
@@ -149,29 +150,29 @@ class Rasd(ModelDrafter):
         shape = self.ready(context, shape.capped(s.nodes, shape.depth, shape.width))
         if shape.nodes == 0:
             return TokenTree.root(context.roots())
-        found: list[list[tuple[int, ...]]] = [[] for _ in range(context.batch)]
+        found: list[dict[tuple[int, ...], float]] = [{} for _ in range(context.batch)]
         if self.store is not None and s.retrieved:
             law = self.laws(context, TokenTree.root(context.roots()))[:, 0]  # [B, V]
             likely = torch.softmax(law, -1).topk(min(s.top_k, law.shape[-1]), -1)
             for b in range(context.batch):
                 top = dict(zip(likely.indices[b].tolist(), likely.values[b].tolist(), strict=True))
                 found[b] = self.retrieve(context.row(b)[-s.longest :].tolist(), top)
-        spare = shape.nodes - min(len(f) for f in found)
-        drawn = TokenTree.root(context.roots())
+        drawn, score = TokenTree.root(context.roots()), torch.zeros(context.batch, 1)
         if s.model:
-            limit = shape.capped(spare, s.depth)
-            drawn, _ = self.grow(context, limit, branch=s.top_k, keep=s.keep)
+            limit = shape.capped(s.model, s.depth)
+            drawn, score = self.grow(context, limit, branch=s.top_k, keep=s.keep)
+        chance = score.exp()
         return stack(
             [
-                self.fuse(drawn.row(b).to(context.ids.device), found[b], shape)
+                self.fuse(drawn.row(b).to(context.ids.device), chance[b], found[b], shape)
                 for b in range(context.batch)
             ]
         )
 
     def retrieve(
         self, context: Sequence[int], likely: Mapping[int, float]
-    ) -> list[tuple[int, ...]]:
-        """The best nodes of the retrieval trie, each as its path, parents before children.
+    ) -> dict[tuple[int, ...], float]:
+        """The best nodes of the retrieval trie, each as its path, with their probabilities.
 
         Args:
             context: The last tokens.
@@ -180,40 +181,50 @@ class Rasd(ModelDrafter):
         assert self.store is not None
         s = self.settings
         _, continuations = self.store.continuations(context, length=s.length, shortest=s.shortest)
-        count: dict[tuple[int, ...], int] = {}
+        count: dict[tuple[int, ...], int] = {(): sum(continuations.values())}
         for path, times in continuations.items():
             for n in range(1, len(path) + 1):
                 count[path[:n]] = count.get(path[:n], 0) + times
         self.looked_up += 1
-        if s.prune:
-            weight = {
-                path: likely[path[0]] * times / count[path[:1]]
-                for path, times in count.items()
-                if path[0] in likely
-            }
-        else:
-            weight = dict(count)  # shares of all that was found
-        best = sorted(weight, key=lambda path: (-weight[path], len(path)))[: s.retrieved]
-        self.offered += len(best)
-        return best
+        chance: dict[tuple[int, ...], float] = {(): 1.0}
+        for path in sorted(count, key=len)[1:]:
+            above = path[:-1]
+            if above or not s.prune:
+                # as if one match more had gone elsewhere: a single match is no certainty
+                chance[path] = chance.get(above, 0.0) * count[path] / (count[above] + 1)
+            else:
+                chance[path] = likely.get(path[0], 0.0)
+        del chance[()]
+        best = sorted(chance, key=lambda path: (-chance[path], len(path)))[: s.retrieved]
+        return {path: chance[path] for path in best if chance[path] > 0.0}
 
-    def fuse(self, drawn: TokenTree, retrieved: Sequence[Sequence[int]], shape: Shape) -> TokenTree:
-        """One trie: the surest drawn nodes, then the retrieved ones, then the other drawn ones.
+    def fuse(
+        self,
+        drawn: TokenTree,
+        chance: torch.Tensor,
+        retrieved: Mapping[tuple[int, ...], float],
+        shape: Shape,
+    ) -> TokenTree:
+        """One trie of the likeliest nodes of both trees, shared prefixes merged.
 
         Args:
-            drawn: The draft model's tree of one row, best nodes first.
-            retrieved: Paths, parents before children.
+            drawn: The draft model's tree of one row, parents before children.
+            chance: Path probability of each of its nodes [N].
+            retrieved: Paths and their probabilities, see :meth:`retrieve`.
             shape: Limits of the fused tree.
         """
-        trie = Trie(int(drawn.tokens[0, 0]), shape)
+        every = dict(retrieved)
         tokens, parents = drawn.tokens[0].tolist(), drawn.topology.parents_list
-        alive = drawn.alive[0].tolist()
-        paths: list[list[int]] = [[]]
+        alive, value = drawn.alive[0].tolist(), chance.tolist()
+        paths: list[tuple[int, ...]] = [()]
         for node in range(1, drawn.nodes):
-            paths.append([*paths[parents[node]], tokens[node]] if alive[node] else [])
-        first = 1 + self.settings.model
-        for path in (*paths[1:first], *retrieved, *paths[first:]):
-            trie.add(path)
+            paths.append((*paths[parents[node]], tokens[node]) if alive[node] else ())
+            if alive[node]:
+                every[paths[node]] = max(value[node], every.get(paths[node], 0.0))
+        trie = Trie(int(tokens[0]), shape)
+        for path in sorted(every, key=lambda path: (-every[path], len(path))):
+            new = trie.add(path)
+            self.offered += new * (path in retrieved)
         return trie.tree()
 
 
@@ -239,7 +250,7 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
     arms = {
         "rasd": Settings(),
         "union": Settings(prune=False),
-        "model": Settings(model=total, retrieved=0),
+        "model": Settings(retrieved=0),
         "retrieval": Settings(model=0, retrieved=total, prune=False),
     }
     offered: dict[str, float] = {}
@@ -248,11 +259,12 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
         drafter = Rasd(draft, arms[name], store)
         # one depth for all, so that none is cut where another is not
         shape = Shape(total, Settings().length)
-        out = answer(model, prompts, Fixed(drafter, shape), max_new_tokens=tokens, **sampling)
+        policy = Fixed(drafter, shape)
+        out = answer(model, prompts, policy, max_new_tokens=tokens, batch=8, **sampling)
         offered[name] = drafter.offered / max(1, drafter.looked_up)
         return out
 
-    plain = answer(model, inside, "none", max_new_tokens=tokens)
+    plain = answer(model, inside, "none", max_new_tokens=tokens, batch=8)
     straight = [r for r, t in enumerate(plain.tokens) if not repeats_itself(t, size=4, times=2)]
     rows = straight or list(range(count))
     near = {name: arm(name, inside) for name in arms}
@@ -339,7 +351,7 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
         reason=""
         if status == "reproduced"
         else "the draft model's tree of likeliest paths already holds most of what retrieval from "
-        "held-out code finds; pruning helps the union, the union does not help the model",
+        "other files finds",
         notes=(f"{count - len(straight)} of {count} greedy answers repeat a phrase: left out.",),
         gates=(*gates, direction[1]),
         seeds=(0,),

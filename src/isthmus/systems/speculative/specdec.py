@@ -37,6 +37,7 @@ from isthmus.decoding.relaxed import TopBeta
 from isthmus.decoding.trained import CONFIG, WEIGHTS, read_config, target_fingerprint
 from isthmus.decoding.tree import TokenTree
 from isthmus.errors import BrokenFileError, InvalidInputError, MismatchError
+from isthmus.folders import check_replaceable, published
 from isthmus.nn.block import BlockNetwork, masked
 from isthmus.roles import Acceptance, Context, Shape, Step, Target
 from isthmus.training.drafting import Recipe
@@ -175,21 +176,25 @@ class Specdec:
         self._hidden = None if self._hidden is None else self._hidden[index]
 
     def save_pretrained(self, folder: str | Path, target: Any) -> None:
-        """Write weights and settings, for :meth:`from_pretrained`."""
+        """Write weights and settings, for :meth:`from_pretrained`.
+
+        Raises:
+            InvalidInputError: The folder holds something else.
+            BrokenFileError: It cannot be written.
+        """
         assert self.network is not None
-        place = Path(folder)
-        place.mkdir(parents=True, exist_ok=True)
-        weights = {k: v.detach().cpu().contiguous() for k, v in self.network.named_parameters()}
-        save_file(weights, place / f"{WEIGHTS}.part", metadata={"format": "pt"})
-        (place / f"{WEIGHTS}.part").replace(place / WEIGHTS)
-        config = {
-            "system": self.name,
-            "settings": asdict(self.settings),
-            "target": target_fingerprint(target),
-            "sha256": hashlib.sha256((place / WEIGHTS).read_bytes()).hexdigest(),
-            "training": self.training_record,
-        }
-        (place / CONFIG).write_text(json.dumps(config, indent=1))
+        check_replaceable(Path(folder), (CONFIG,), "drafter")
+        with published(Path(folder)) as place:
+            weights = {k: v.detach().cpu().contiguous() for k, v in self.network.named_parameters()}
+            save_file(weights, place / WEIGHTS, metadata={"format": "pt"})
+            config = {
+                "system": self.name,
+                "settings": asdict(self.settings),
+                "target": target_fingerprint(target),
+                "sha256": hashlib.sha256((place / WEIGHTS).read_bytes()).hexdigest(),
+                "training": self.training_record,
+            }
+            (place / CONFIG).write_text(json.dumps(config, indent=1))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, target: Any) -> Self:

@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import torch
 
 from isthmus.claims import Claim, Gate, Row, Ruler, Scale, judge
-from isthmus.decoding.law import Law, chain_logits
+from isthmus.decoding.law import Law, chain_logits, draw_next
 from isthmus.decoding.policy import Fixed
 from isthmus.decoding.target import HubTarget
 from isthmus.decoding.trained import Batch, TrainedDrafter
@@ -136,7 +136,6 @@ class Specdiff(TrainedDrafter):
         if length < 1:
             return TokenTree.root(roots)
         text, valid = self._window(context)
-        point = context.law.greedy or context.noise is not None
         if s.diffuse and s.order == "confidence" and s.steps > 1:
             return TokenTree.chain(roots, self._by_confidence(text, valid, length))
         drafted, laws = roots.new_zeros(len(roots), 0), []
@@ -146,20 +145,11 @@ class Specdiff(TrainedDrafter):
             for i in range(min(share, length - start)):
                 # left to right, so this is the law of a token given those before it
                 law = chain_logits(logits[:, i], context, drafted)
-                if context.noise is not None and not context.law.greedy:
-                    place = [n + start + i for n in context.lengths]
-                    noise = [
-                        context.noise(r, n, law.shape[-1])
-                        for r, n in zip(context.requests, place, strict=True)
-                    ]
-                    law = torch.log_softmax(law, -1) + torch.stack(noise).to(law.device)
-                if point:
-                    token = law.argmax(-1, keepdim=True)
-                else:
-                    laws.append(torch.softmax(law, -1))
-                    token = torch.multinomial(laws[-1], 1, generator=context.generator)
+                token, q = draw_next(law, context, [n + start + i for n in context.lengths])
+                if q is not None:
+                    laws.append(q)
                 drafted = torch.cat([drafted, token], 1)
-        return TokenTree.chain(roots, drafted, q=None if point else torch.stack(laws, 1))
+        return TokenTree.chain(roots, drafted, q=torch.stack(laws, 1) if laws else None)
 
     def _window(self, context: Context) -> tuple[torch.Tensor, torch.Tensor]:
         """The last tokens of each row, at the right end of [B, W], and which are real."""
