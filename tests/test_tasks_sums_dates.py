@@ -1,4 +1,4 @@
-"""The generated tasks `sums` and `dates`, and how their reference models are made."""
+"""The generated tasks `sums`, `dates` and `korean`, and how their reference models are made."""
 
 import datetime
 import json
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from isthmus.errors import InvalidInputError, UnknownNameError
-from isthmus.workbench import dates, reference, sums
+from isthmus.workbench import dates, korean, reference, sums
 from isthmus.workbench._tasks import TaskRecipe
 from isthmus.workbench._training import IGNORED, Trainer
 
@@ -126,6 +126,9 @@ def test_problems_are_split_by_their_addends():
         (lambda: sums.corrupt("freely", random.Random(0)), "no digit"),
         (lambda: dates.examples(1, "test"), "'held-out'"),
         (lambda: dates.write(datetime.date(2021, 3, 4), "ja", 9), "2 forms"),
+        (lambda: korean.numeral(10_000), "0 to 9999"),
+        (lambda: korean.read_time(24, 0), "no time 24:00"),
+        (lambda: korean.lines(1, "test"), "'held-out'"),
     ],
 )
 def test_bad_input_is_refused(call, message):
@@ -169,6 +172,56 @@ def test_every_source_survives_the_tokenizer():
     assert {e.language for e in drawn} == set(dates.LANGUAGES)
     held_out = {e.target for e in dates.examples(400)}
     assert not held_out & {e.target for e in dates.examples(2000, "train")}
+
+
+# Korean -----------------------------------------------------------------------------------------
+
+
+def value(text):
+    """A Sino-Korean numeral read back, one character after the other."""
+    total, digit = 0, 0
+    for character in text:
+        if character in "천백십":
+            total += max(1, digit) * {"천": 1000, "백": 100, "십": 10}[character]
+            digit = 0
+        else:
+            digit = "영일이삼사오육칠팔구".index(character)
+    return total + digit
+
+
+def test_every_numeral_reads_back_and_no_two_are_alike():
+    said = [korean.numeral(n) for n in range(10_000)]
+    assert [value(text) for text in said] == list(range(10_000)) and len(set(said)) == 10_000
+    assert (korean.numeral(1999), korean.numeral(16)) == ("천구백구십구", "십육")
+
+
+def test_dates_and_times_are_those_of_cldr():
+    data = pytest.importorskip("babel.dates")
+    for day in (datetime.date(2021, 6, 4), datetime.date(1910, 10, 31), datetime.date(2000, 1, 1)):
+        digits = data.format_date(day, "long", "ko")
+        words = korean.read_date(day).answer.strip()
+        irregular = words.replace("유월", "육월").replace("시월", "십월")
+        pairs = [(part[-1], value(part[:-1])) for part in irregular.split()]
+        assert digits == " ".join(f"{n}{suffix}" for suffix, n in pairs)
+    names = data.get_period_names("wide", "format", "ko")
+    assert korean.read_time(9, 5).answer == f" {names['am']} 아홉 시 오 분"
+    assert korean.read_time(12, 30).answer == f" {names['pm']} 열두 시 삼십 분"
+
+
+def test_korean_is_split_by_its_code_and_shattered_by_its_tokenizer():
+    held_out = {line.prompt for line in korean.lines(300)}
+    assert not held_out & {line.prompt for line in korean.lines(1500, "train")}
+    tokenizer = korean.tokenizer()
+    for line in korean.lines(40):
+        ids = tokenizer.encode(line.answer)
+        assert tokenizer.decode(tokenizer.encode(line.text)) == line.text
+        assert len(ids) >= 2.5 * len(line.answer.replace(" ", "")), "three bytes a syllable"
+    course = replace(TINY, task="korean", vocab_size=korean.VOCABULARY, batch_size=4).course()
+    ids, labels = next(course.batches(3))
+    again = next(course.batches(3))
+    assert torch.equal(ids, again[0]) and ids.shape == labels.shape == (4, 64)
+    assert IGNORED not in labels[0] and torch.equal(ids[0, 1:], labels[0, :-1]), "a row of code"
+    assert IGNORED in labels[1] and "#" not in tokenizer.decode(labels[1][labels[1] != IGNORED])
 
 
 # Their models -----------------------------------------------------------------------------------
@@ -249,5 +302,5 @@ def test_fingerprints_of_tasks_follow_their_data(monkeypatch):
 
 def test_the_recipes_are_there():
     tasks = {n: r for n, r in reference.RECIPES.items() if isinstance(r, TaskRecipe)}
-    assert set(tasks) == {"sums-l", "sums-s", "dates"}
+    assert set(tasks) == {"sums-l", "sums-s", "dates", "korean"}
     assert all(len(r.tokenizer()) == r.vocab_size for r in tasks.values())

@@ -7,12 +7,14 @@ and the publishing of a model are the same for all.
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,15 +26,18 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from isthmus.workbench import dates, sums
-from isthmus.workbench._training import IGNORED, Course, Recipe, build
+from isthmus.workbench import dates, korean, pycode, sums
+from isthmus.workbench._training import IGNORED, Course, Recipe, build, pack
 from isthmus.workbench.tokenizer import end_id
 
-TASKS: Mapping[str, ModuleType] = MappingProxyType({"sums": sums, "dates": dates})
+TASKS: Mapping[str, ModuleType] = MappingProxyType({"sums": sums, "dates": dates, "korean": korean})
 """The data sets by name."""
 
 MARKED = 400
 """Held-out problems that a published model is marked on."""
+
+CODE_FILES = 150
+"""Files of code that the model of Korean readings sees beside them."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +64,16 @@ class TaskRecipe(Recipe):
 
     def course(self) -> Course:
         """What the trainer is to train."""
-        return DatesCourse(self) if self.task == "dates" else SumsCourse(self)
+        courses: dict[str, type[DatesCourse | PromptCourse]] = {
+            "sums": SumsCourse,
+            "dates": DatesCourse,
+            "korean": KoreanCourse,
+        }
+        return courses[self.task](self)
 
 
-class SumsCourse:
-    """Rows of whole problems and their solutions; the digits of a question carry no loss.
+class PromptCourse:
+    """Rows of prompts and their answers for a decoder; a prompt carries no loss.
 
     Args:
         recipe: Sizes and seed.
@@ -82,6 +92,14 @@ class SumsCourse:
         """End and padding tokens."""
         return GenerationConfig(bos_token_id=self.end, eos_token_id=self.end, pad_token_id=self.end)
 
+    def draw(self, seed: str, rng: random.Random) -> tuple[str, str]:
+        """One prompt of the training part and its answer."""
+        raise NotImplementedError
+
+    def marks(self, model: Any, count: int) -> dict[str, Any]:
+        """How well a model answers held-out prompts."""
+        raise NotImplementedError
+
     def batches(self, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Inputs and labels [B, T], a function of seed and step alone."""
         recipe = self.recipe
@@ -94,14 +112,12 @@ class SumsCourse:
             rows: list[tuple[list[int], list[int]]] = []
             number = 0
             while len(rows) < recipe.batch_size:
-                (problem,) = sums.problems(
-                    1, "train", seed=f"{recipe.seed}/{step}/{number}", free=None
-                )
+                prompt, answer = self.draw(f"{recipe.seed}/{step}/{number}", rng)
                 number += 1
-                question = self.encode(problem.prompt)
-                solution = [*self.encode(problem.solution(rng)), self.end]
-                tokens += [*question, *solution]
-                labels += [IGNORED] * len(question) + solution
+                asked = self.encode(prompt)
+                said = [*self.encode(answer), self.end]
+                tokens += [*asked, *said]
+                labels += [IGNORED] * len(asked) + said
                 if len(tokens) > width:
                     rows.append((tokens[:width], labels[1 : width + 1]))
                     tokens, labels = [], []
@@ -118,19 +134,6 @@ class SumsCourse:
         ids, labels = batch
         logits = model(input_ids=ids, use_cache=False).logits
         return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
-
-    def marks(self, model: Any, count: int) -> dict[str, Any]:
-        """Share of held-out problems that are solved, greedily."""
-        asked = sums.problems(count, "held-out")
-        texts = self.answers(model, [problem.prompt for problem in asked])
-        pairs = list(zip(asked, texts, strict=True))
-        right = sum(sums.check_answer(problem, text) for problem, text in pairs)
-        steps = [ok for problem, text in pairs for ok in sums.check_steps(problem, text)]
-        return {
-            "solved": round(right / count, 4),
-            "steps_right": round(sum(steps) / max(1, len(steps)), 4),
-            "problems": count,
-        }
 
     def answers(self, model: Any, prompts: Sequence[str]) -> list[str]:
         """Greedy solutions; prompts of one length share a batch, so nothing is padded."""
@@ -151,6 +154,62 @@ class SumsCourse:
             for index, row in zip(members, out[:, length:].tolist(), strict=True):
                 found[index] = str(self.tokenizer.decode(row, skip_special_tokens=True))
         return found
+
+
+class SumsCourse(PromptCourse):
+    """Whole problems and their solutions."""
+
+    def draw(self, seed: str, rng: random.Random) -> tuple[str, str]:
+        """A problem of any wording."""
+        (problem,) = sums.problems(1, "train", seed=seed, free=None)
+        return problem.prompt, problem.solution(rng)
+
+    def marks(self, model: Any, count: int) -> dict[str, Any]:
+        """Share of held-out problems that are solved, greedily."""
+        asked = sums.problems(count, "held-out")
+        texts = self.answers(model, [problem.prompt for problem in asked])
+        pairs = list(zip(asked, texts, strict=True))
+        right = sum(sums.check_answer(problem, text) for problem, text in pairs)
+        steps = [ok for problem, text in pairs for ok in sums.check_steps(problem, text)]
+        return {
+            "solved": round(right / count, 4),
+            "steps_right": round(sum(steps) / max(1, len(steps)), 4),
+            "problems": count,
+        }
+
+
+class KoreanCourse(PromptCourse):
+    """Code and its Korean readings; a quarter of the rows is the code of `pycode`."""
+
+    @functools.cached_property
+    def code(self) -> Tensor:
+        """Packed tokens of some files, int64 [N]."""
+        documents = random.Random(self.recipe.seed).sample(pycode.texts("train"), CODE_FILES)
+        encode = self.tokenizer.backend_tokenizer.encode_batch_fast
+        ids = [np.array(e.ids, dtype=np.int32) for e in encode(documents)]
+        return torch.from_numpy(pack(ids, self.end).astype(np.int64))
+
+    def draw(self, seed: str, rng: random.Random) -> tuple[str, str]:
+        """A line of any kind."""
+        (line,) = korean.lines(1, "train", seed=seed)
+        return line.prompt, line.answer
+
+    def batches(self, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs and labels [B, T], a function of seed and step alone."""
+        rows, width = self.recipe.batch_size // 4, self.recipe.sequence_length
+        for step, (ids, labels) in enumerate(super().batches(start), start):
+            rng = np.random.default_rng([self.recipe.seed, step])
+            for row, first in enumerate(rng.integers(0, len(self.code) - width - 1, rows)):
+                window = self.code[first : first + width + 1]
+                ids[row], labels[row] = window[:-1], window[1:]
+            yield ids, labels
+
+    def marks(self, model: Any, count: int) -> dict[str, Any]:
+        """Share of held-out lines that are read right, greedily."""
+        asked = korean.lines(count, "held-out")
+        texts = self.answers(model, [line.prompt for line in asked])
+        right = sum(text == line.answer for line, text in zip(asked, texts, strict=True))
+        return {"solved": round(right / count, 4), "problems": count}
 
 
 class DatesCourse:

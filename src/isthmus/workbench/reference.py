@@ -8,7 +8,8 @@
 `reference` returns a folder that transformers loads. The model ``pycode-t`` ships inside the
 package; its drafts ``pycode-s`` and ``pycode-xs`` share its tokenizer and take minutes to train.
 So do the models of generated tasks, which are marked on held-out problems: ``sums-l`` solves
-nearly all of them and ``sums-s`` about every other one; ``dates`` is an encoder-decoder.
+nearly all of them and ``sums-s`` about every other one; ``dates`` is an encoder-decoder;
+``korean`` reads code out in a language that its tokenizer shatters.
 From the command line: ``python -m isthmus.workbench.reference pycode-s``.
 """
 
@@ -22,7 +23,6 @@ import platform
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -46,9 +46,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 import isthmus
 from isthmus.errors import BrokenFileError, InvalidInputError, IsthmusError, UnknownNameError
-from isthmus.folders import cache_folder
-from isthmus.workbench import pycode
-from isthmus.workbench._tasks import MARKED, DatesCourse, SumsCourse, TaskRecipe
+from isthmus.folders import cache_folder, check_replaceable, published, writable
+from isthmus.workbench import korean, pycode
+from isthmus.workbench._tasks import MARKED, DatesCourse, PromptCourse, TaskRecipe
 from isthmus.workbench._training import Progress, Recipe, Trainer, build, evaluate, pack
 from isthmus.workbench.tokenizer import end_id, load_tokenizer, train_tokenizer
 
@@ -77,6 +77,20 @@ _MAKERS = (
         batch_size=8,
         sequence_length=512,
         steps=800,
+        decay_share=0.4,
+    ),
+    # its draft model
+    Recipe(
+        name="pycode-n",
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        head_dim=32,
+        intermediate_size=176,
+        vocab_size=1024,
+        batch_size=8,
+        sequence_length=512,
+        steps=400,
         decay_share=0.4,
     ),
     Recipe(
@@ -142,10 +156,29 @@ _MAKERS = (
         steps=400,
         decay_share=0.4,
     ),
+    # a tokenizer of code, and a language that it shatters into bytes
+    TaskRecipe(
+        name="korean",
+        task="korean",
+        hidden_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        head_dim=32,
+        intermediate_size=256,
+        vocab_size=korean.VOCABULARY,
+        batch_size=8,
+        sequence_length=256,
+        max_position_embeddings=512,
+        steps=450,
+        decay_share=0.4,
+    ),
 )
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType({recipe.name: recipe for recipe in _MAKERS})
 """All reference models by name."""
+
+MARKS = ("recipe.json", "tokenizer.json")
+"""Files that tell a folder of a reference model."""
 
 _SNAPSHOT_WINDOWS = 24
 
@@ -230,7 +263,7 @@ def train(
     """
     for place in (folder, snapshots):
         if place is not None:
-            _check_replaceable(place)
+            check_replaceable(place, MARKS, "reference model")
     task = isinstance(recipe, TaskRecipe)
     corpus = recipe.digest() if isinstance(recipe, TaskRecipe) else pycode.digest()
     if task:
@@ -244,7 +277,7 @@ def train(
     unfinished = f"{recipe.name}-{fingerprint(beginning)}-{corpus[:12]}"
     state = cache_folder() / "unfinished" / unfinished
     lock = FileLock(state.with_name(f"{unfinished}.lock"))
-    with _writable(state):
+    with writable(state):
         lock.acquire()
     try:
         if _is_complete(folder, recipe):  # Made by another process while this one waited.
@@ -262,14 +295,14 @@ def train(
             course=recipe.course() if isinstance(recipe, TaskRecipe) else None,
         )
         with _bar(recipe, progress) as show:
-            published = time.monotonic()
+            snapped = time.monotonic()
 
             def report(now: Progress) -> None:
-                nonlocal published
+                nonlocal snapped
                 show(now)
-                if snapshots is not None and time.monotonic() - published > snapshot_every_s:
+                if snapshots is not None and time.monotonic() - snapped > snapshot_every_s:
                     export(trainer, tokenizer, snapshots, windows=_SNAPSHOT_WINDOWS)
-                    published = time.monotonic()
+                    snapped = time.monotonic()
 
             trainer.run(report)
         export(trainer, tokenizer, folder, held_out_windows)
@@ -296,40 +329,30 @@ def export(
         InvalidInputError: ``folder`` holds something else.
         BrokenFileError: ``folder`` cannot be written.
     """
-    _check_replaceable(folder)
+    check_replaceable(folder, MARKS, "reference model")
     recipe = trainer.recipe
-    with _writable(folder.parent):
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        with _writable(temporary):
-            config = copy.deepcopy(trainer.model.config)
-            config.dtype = torch.bfloat16
-            config.architectures = [type(trainer.model).__name__]
-            config.save_pretrained(temporary)
-            generation = GenerationConfig(
-                bos_token_id=trainer.end, eos_token_id=trainer.end, pad_token_id=trainer.end
-            )
-            if isinstance(trainer.course, SumsCourse | DatesCourse):
-                generation = trainer.course.generation()
-            generation.save_pretrained(temporary)
-            # Tied weights are listed once, as transformers expects of a file.
-            weights = trainer.model.named_parameters()
-            save_file(
-                {name: weight.detach().to("cpu", torch.bfloat16) for name, weight in weights},
-                temporary / "model.safetensors",
-                metadata={"format": "pt"},
-            )
-            tokenizer.save_pretrained(temporary)
-            held_out = _held_out(temporary, tokenizer, trainer, windows)
-            _write_json(temporary / "recipe.json", recipe.as_dict())
-            _write_json(temporary / "card.json", _card(trainer, held_out))
-            # Temporary folders and safetensors files are private; the result need not be.
-            temporary.chmod(0o755)
-            for path in temporary.iterdir():
-                path.chmod(0o644)
-            _replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with published(folder) as temporary:
+        config = copy.deepcopy(trainer.model.config)
+        config.dtype = torch.bfloat16
+        config.architectures = [type(trainer.model).__name__]
+        config.save_pretrained(temporary)
+        generation = GenerationConfig(
+            bos_token_id=trainer.end, eos_token_id=trainer.end, pad_token_id=trainer.end
+        )
+        if isinstance(trainer.course, PromptCourse | DatesCourse):
+            generation = trainer.course.generation()
+        generation.save_pretrained(temporary)
+        # Tied weights are listed once, as transformers expects of a file.
+        weights = trainer.model.named_parameters()
+        save_file(
+            {name: weight.detach().to("cpu", torch.bfloat16) for name, weight in weights},
+            temporary / "model.safetensors",
+            metadata={"format": "pt"},
+        )
+        tokenizer.save_pretrained(temporary)
+        held_out = _held_out(temporary, tokenizer, trainer, windows)
+        _write_json(temporary / "recipe.json", recipe.as_dict())
+        _write_json(temporary / "card.json", _card(trainer, held_out))
 
 
 def _card(trainer: Trainer, held_out: dict[str, Any]) -> dict[str, Any]:
@@ -371,7 +394,7 @@ def _held_out(
     windows: int | None,
 ) -> dict[str, Any]:
     """Loss of the weights in a folder, computed in float32; of a task, the share it solves."""
-    if isinstance(trainer.course, SumsCourse | DatesCourse):
+    if isinstance(trainer.course, PromptCourse | DatesCourse):
         marked: Any = trainer.course.build()
         marked.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
         marked.generation_config = trainer.course.generation()
@@ -443,42 +466,8 @@ def _is_complete(folder: Path, recipe: Recipe) -> bool:
     return bool(saved == recipe.as_dict())
 
 
-def _check_replaceable(folder: Path) -> None:
-    if folder.is_dir() and any(folder.iterdir()):
-        ours = {"recipe.json", "tokenizer.json"}
-        if not any((folder / name).exists() for name in ours):
-            raise InvalidInputError(
-                f"{str(folder)!r} holds files that are no reference model; give a new folder"
-            )
-    elif folder.exists() and not folder.is_dir():
-        raise InvalidInputError(f"{str(folder)!r} is a file; give a new folder")
-
-
-def _replace(new: Path, folder: Path) -> None:
-    if folder.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-        folder.rename(old / folder.name)
-        new.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        new.rename(folder)
-
-
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _writable(folder: Path) -> Iterator[None]:
-    """Make a folder, and turn an operating-system refusal inside the block into one line."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        raise BrokenFileError(
-            f"cannot write to {str(folder)!r} ({error.strerror or error}); "
-            "set ISTHMUS_CACHE, or give another folder that can be written"
-        ) from error
 
 
 @contextmanager
