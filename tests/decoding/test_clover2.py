@@ -87,13 +87,14 @@ def test_the_gate_is_bounded_by_its_value() -> None:
     state, token = torch.randn(50, 8), torch.randn(50, 8)
     with torch.no_grad():
         moved = (gate(state, token) - state).unflatten(-1, (2, 4)).norm(dim=-1)
-        value = gate.value(token).unflatten(-1, (2, 4)).norm(dim=-1)
+        size = state.pow(2).mean(-1, keepdim=True).sqrt()
+        value = (size * gate.value(token)).unflatten(-1, (2, 4)).norm(dim=-1)
         assert bool((moved <= value + 1e-5).all()) and bool((moved > 0).all())
         # a token that asks for what the state holds is taken in whole
         gate.key.weight.copy_(gate.query.weight)
         gate.key.bias.copy_(gate.query.bias)
         same = gate.norm(state)
-        torch.testing.assert_close(gate(state, same) - state, gate.value(same))
+        torch.testing.assert_close(gate(state, same) - state, size * gate.value(same))
 
 
 def test_it_starts_as_the_target() -> None:

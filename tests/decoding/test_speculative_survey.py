@@ -78,7 +78,7 @@ def test_accounts_add_up_and_known_acceptance_lengths_come_out() -> None:
     json.dumps([o.to_dict() for o in found])
     shown = table(found, Cost({1: 1.0, 64: 2.0}))
     assert shown.splitlines()[0] == "| method | a | b |"
-    assert "| knows | 3.00 (" in shown and "| plain | 1.00 (1.00x) | 1.00 (1.00x) |" in shown
+    assert "| knows | 3.00 (" in shown and "| plain | 1.00 (" in shown
     assert "!" in shown.splitlines()[-3], "the broken method is marked"
 
 

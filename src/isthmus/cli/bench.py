@@ -1,4 +1,4 @@
-"""``isthmus bench decode``: isthmus beside transformers' own generation, in one run."""
+"""``isthmus bench``: methods side by side, interleaved in one run."""
 
 from __future__ import annotations
 
@@ -117,4 +117,77 @@ def decode(
             f"{row.same}/{prompts}" if temperature == 0 else "sampled",
         )
     console().print(table)
+    return 0
+
+
+def family(
+    *systems: str,
+    target: str = "pycode-m",
+    prompts: int = 16,
+    prompt_tokens: int = 32,
+    max_new_tokens: int = 24,
+    seed: int = 0,
+    json: bool = False,
+) -> int:
+    """Put the systems of the speculative family on one bench: one target, the same prompts.
+
+    Drafters are trained on first use, some minutes each, and kept.
+
+    Args:
+        systems: Systems to compare; all of the family when none is named.
+        target: Reference model that is decoded.
+        prompts: Number of prompts, from held-out files of Python's standard library.
+        prompt_tokens: Length of each prompt.
+        max_new_tokens: Tokens to write for each; end tokens are ignored.
+        seed: Seed of the draws at temperature 1, which all systems share.
+        json: Print one JSON object and nothing else on standard output.
+    """
+    quiet_transformers()
+    from rich.table import Table
+
+    from isthmus.claims import Provenance
+    from isthmus.workbench.family import family_bench
+
+    with console(stderr=True).status("") as status:
+        lines = family_bench(
+            systems,
+            target=target,
+            prompts=prompts,
+            prompt_tokens=prompt_tokens,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            report=status.update,
+        )
+    if json:
+        found = {"target": target, "systems": [line.to_dict() for line in lines]}
+        print_json(found | {"provenance": vars(Provenance.gather())})
+        return 0
+    table = Table(
+        title=f"{target}, {prompts} prompts of {prompt_tokens} tokens, {max_new_tokens} new ones",
+        caption="tokens/forward: acceptance length; time: seconds per token over plain decoding's",
+    )
+    table.add_column("system")
+    table.add_column("lossless")
+    for heading in ("tokens/forward", "forwards", "time", "same output"):
+        table.add_column(heading, justify="right")
+    for heading in ("T = 1: tokens/forward", "same output"):
+        table.add_column(heading, justify="right")
+    left_out = []
+    for line in lines:
+        if line.greedy is None or line.sampled is None:
+            left_out.append(f"{line.name}: {line.reason}")
+            continue
+        table.add_row(
+            line.name,
+            "yes" if line.lossless else "no",
+            f"{line.greedy.acceptance_length:.2f}",
+            str(line.greedy.forwards),
+            f"{line.slowdown:.2f}",
+            f"{line.greedy.same}/{prompts}",
+            f"{line.sampled.acceptance_length:.2f}",
+            f"{line.sampled.same}/{prompts}",
+        )
+    console().print(table)
+    if left_out:
+        console().print("not on this bench:", *(f"  {each}" for each in left_out), sep="\n")
     return 0

@@ -48,6 +48,11 @@ bench.command(
     name="decode",
     help="Decoding: isthmus against transformers' own generation, same model and prompts.",
 )
+bench.command(
+    "isthmus.cli.bench:family",
+    name="family",
+    help="The speculative family: one target, the same prompts, greedy and sampled.",
+)
 app.command(bench)
 
 

@@ -19,7 +19,7 @@ import torch
 
 from isthmus.decoding.acceptance import Coupled
 from isthmus.decoding.cost import Cost, forward_times
-from isthmus.decoding.model import Model
+from isthmus.decoding.model import Model, own_loop, rule_of
 from isthmus.errors import InvalidInputError
 from isthmus.roles import Acceptance, Policy
 
@@ -118,13 +118,14 @@ def survey(
 
     Args:
         model: The model, with its draft model where a method needs one.
-        methods: Drafters by the name that is shown: a slug or a policy. The first one is the
-            baseline.
+        methods: Drafters by the name that is shown: a slug or a policy, or the slug of a system
+            with a decoding loop of its own. The first one is the baseline.
         tasks: Prompts of token ids by task.
         max_new_tokens: Tokens of each answer; end tokens are ignored, so that all do equal work.
-        temperature: 0 is greedy; otherwise draws are coupled.
+        temperature: 0 is greedy; otherwise draws are coupled, but for methods that bring their
+            own acceptance rule or loop.
         seed: Seed of the coupled draws.
-        acceptances: Acceptance rules of single methods, in place of the exact one.
+        acceptances: Acceptance rules of single methods, in place of the exact one or their own.
         report: Called before each run with the task and the method.
 
     Returns:
@@ -135,21 +136,25 @@ def survey(
     """
     if not methods or not tasks or not all(tasks.values()):
         raise InvalidInputError("a survey needs at least one method and a prompt for each task")
-    policies = {name: model.policy(method) for name, method in methods.items()}
+    policies = {
+        name: method if own_loop(method) else model.policy(method)
+        for name, method in methods.items()
+    }
+    exact = Coupled(seed) if temperature > 0 else None
+    rules = {name: rule_of(policy) or exact for name, policy in policies.items()}
+    rules |= acceptances or {}
     out = []
     for task, prompts in tasks.items():
-        first: Outcome | None = None
-        for name, policy in policies.items():
-            report(task, name)
-            outcome = Outcome(task, name)
-            exact = Coupled(seed) if temperature > 0 else None
-            rule = (acceptances or {}).get(name, exact)
-            for prompt in prompts:
+        outcomes = [Outcome(task, name) for name in policies]
+        for prompt in prompts:  # the methods in turn, so that a slow moment of the machine hits all
+            for outcome in outcomes:
+                report(task, outcome.method)
+                policy, rule = policies[outcome.method], rules[outcome.method]
                 _run(model, policy, prompt, outcome, max_new_tokens, temperature, rule)
-            first = first or outcome
-            pairs = zip(outcome.tokens, first.tokens, strict=True)
+        for outcome in outcomes:
+            pairs = zip(outcome.tokens, outcomes[0].tokens, strict=True)
             outcome.same = sum(a == b for a, b in pairs)
-            out.append(outcome)
+        out += outcomes
     return out
 
 
@@ -176,7 +181,7 @@ def table(outcomes: Sequence[Outcome], cost: Cost | None = None) -> str:
 
 def _run(
     model: Model,
-    policy: Policy,
+    policy: str | Policy,
     prompt: Sequence[int],
     out: Outcome,
     budget: int,

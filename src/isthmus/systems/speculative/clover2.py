@@ -6,7 +6,9 @@ Idea: Attention runs once a round over the verified tokens; each draft step afte
     gate that mixes the drafted token into the state, a third of the work of a decoder layer.
 Differs: Weights of the losses are EAGLE's, the paper's are not published. All tokens of a text
     count in training, not only those among the target's likeliest. The tree is the best-first one.
-    Layers start as the target's last one where it has our layout, else at random.
+    Layers start as the target's last one where it has our layout, else at random. Token vectors
+    are normed and what the gate adds is measured in units of the state, since the states of a
+    small target are hundreds of times longer than the rows of its LM head.
 Lossless: yes
 """
 
@@ -59,9 +61,10 @@ class Settings:
 
 
 class CosineGate(nn.Module):
-    """``h + [cos(a_1, b_1) c_1; ...; cos(a_n, b_n) c_n]`` over n groups of channels (sec. 3.2).
+    """``h + s [cos(a_1, b_1) c_1; ...; cos(a_n, b_n) c_n]`` over n groups of channels (sec. 3.2).
 
-    a is read from the state, b and c from the token: a token changes the state by at most c.
+    a is read from the state, b and c from the token, and s is the root mean square of the state:
+    a token changes the state by at most s c.
 
     Args:
         width: Width D.
@@ -82,7 +85,8 @@ class CosineGate(nn.Module):
             for x in (self.query(self.norm(state)), self.key(token), self.value(token))
         )
         cosine = F.cosine_similarity(a, b, dim=-1)[..., None]  # [..., n, 1]
-        mixed: torch.Tensor = state + (cosine * c).flatten(-2)
+        size = state.pow(2).mean(-1, keepdim=True).sqrt()
+        mixed: torch.Tensor = state + size * (cosine * c).flatten(-2)
         return mixed
 
 
@@ -136,8 +140,9 @@ class Clover2(FeatureHeads):
         return self.settings.top_k, self.settings.top_k
 
     def vectors(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The target's LM head rows of tokens, [..., D]: what a state has to point at."""
-        return F.embedding(tokens, self.target.model.get_output_embeddings().weight).detach()
+        """The target's LM head rows of tokens, normed [..., D]: where a state has to point."""
+        rows = F.embedding(tokens, self.target.model.get_output_embeddings().weight).detach()
+        return F.rms_norm(rows, rows.shape[-1:])
 
     def before_norm(self, features: Features) -> torch.Tensor:
         """``u_i``, what leaves the target's last layer before its norm [B, N, D]."""

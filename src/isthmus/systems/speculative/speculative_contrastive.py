@@ -305,7 +305,11 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
         Gate("more lines parse than the expert's, lower bound", better_low, ">", 0.0),
         Gate("fewer repeats than the expert's, lower bound", fewer_low, ">", 0.0),
     )
-    direction = (*gates[:4], Gate("more lines parse", better, ">", 0.0))
+    direction = (
+        *gates[:3],
+        Gate("acceptance length over plain contrastive decoding", tau, ">", 1.0),
+        Gate("more lines parse", better, ">", 0.0),
+    )
     status = judge(gates, direction)
     return Claim(
         slug="speculative-contrastive",
