@@ -303,7 +303,8 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
         gates[1],
         gates[2],
         Gate("acceptance length minus medusa's", tau - medusa_tau, ">", 0.0),
-        Gate("acceptance length minus untaught slots (off)", tau - off_tau, ">", 0.0),
+        # a chain lives on its first token, which is not a slot's; the slots show in a tree
+        Gate("tree of 60 minus untaught slots (off)", trees[0] - trees[1], ">", 0.0),
     )
     unit = "tokens/forward"
     return Claim(
@@ -346,6 +347,6 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
             curve_note(*drafters),
             f"{loops} of {count} plain answers repeat themselves.",
         ),
-        gates=gates,
+        gates=(*gates, direction[4]),
         seeds=(0,),
     )
