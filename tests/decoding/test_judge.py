@@ -253,6 +253,20 @@ def test_bad_input_is_refused_in_one_line() -> None:
         Judge.for_model(model)
 
 
+def test_a_saved_head_is_a_drafter_by_its_folder(tmp_path: Path) -> None:
+    model = tiny.facade("Llama", "float64")
+    head = StateHead(model.target.hidden_size, seed=1)
+    head.save_pretrained(tmp_path, "judge", model.target)
+    prompt = tiny.prompts()[0]
+    options = {"max_new_tokens": 12, "ignore_end": True}
+    result = model.generate(prompt, drafter=str(tmp_path), **options)
+    judge = Judge.for_model(model, head=head)
+    again = model.generate(prompt, drafter=Fixed(judge, judge.default_shape), **options)
+    assert result.tokens == again.tokens and not result.lossless
+    with pytest.raises(MismatchError, match="for this model"):
+        tiny.facade("GPT2", "float64").generate(prompt, drafter=str(tmp_path), **options)
+
+
 def test_tokens_are_settled_by_what_the_target_makes_of_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -224,6 +225,24 @@ def test_a_state_reward_is_its_head() -> None:
     head.weight.data = torch.tensor([1.0, 0.0, 0.0, -1.0])
     states = torch.tensor([[math.log(3), 5.0, 5.0, 0.0], [0.0, 1.0, 2.0, math.log(4)]])
     assert StateReward(head).score([[1], [2]], [0, 0], states) == pytest.approx([0.75, 0.2])
+
+
+def test_a_saved_head_is_a_strategy_by_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.facade("Llama", "float64")
+    head = StateHead(model.draft_model.hidden_size)
+    head.weight.data[0] = 3.0
+    head.save_pretrained(tmp_path, "reward-guided", model.draft_model)
+    steps = Settings(separator=(7,))
+    monkeypatch.setattr("isthmus.systems.speculative.reward_guided.Settings", lambda: steps)
+    prompt = tiny.prompts()[0]
+    result = model.generate(prompt, drafter=str(tmp_path), max_new_tokens=12)
+    again = RewardGuided.for_model(model, steps, reward=StateReward(head))
+    assert result.tokens == again.generate(prompt, max_new_tokens=12).tokens
+    assert not result.lossless
+    with pytest.raises(MismatchError, match="for this model"):
+        tiny.facade("GPT2", "float64").generate(prompt, drafter=str(tmp_path), max_new_tokens=4)
 
 
 def test_bad_input_is_refused_in_one_line() -> None:

@@ -113,7 +113,11 @@ class Model:
                 raise InvalidInputError(
                     f"{drafter} has its own decoding loop and takes no {', '.join(given)}"
                 )
-            strategy = strategy_type.for_model(self)
+            strategy = (
+                strategy_type.for_folder(self, drafter)
+                if Path(str(drafter)).is_dir()
+                else strategy_type.for_model(self)
+            )
             answers = [
                 self._follow(
                     strategy,
@@ -221,7 +225,12 @@ class Model:
         system: Any
         if Path(name).is_dir():
             system = registry.load(read_config(name)["system"])
-            part = system.from_pretrained(name, self.target)
+            # some need more of the model than its target
+            part = (
+                system.for_folder(self, name)
+                if hasattr(system, "for_folder")
+                else system.from_pretrained(name, self.target)
+            )
         elif name in drafters():
             system = registry.load(name)
             part = self._build(system, name)
@@ -397,10 +406,13 @@ def _is_ids(prompt: Sequence[Any]) -> bool:
 
 
 def own_loop(drafter: str | Policy) -> Any:
-    """The system of that name, if it has a decoding loop of its own."""
-    if not isinstance(drafter, str) or drafter not in registry.slugs("speculative"):
+    """The system of that name or folder, if it has a decoding loop of its own."""
+    if not isinstance(drafter, str):
         return None
-    system = registry.load(drafter)
+    slug = read_config(drafter)["system"] if Path(drafter).is_dir() else drafter
+    if slug not in registry.slugs("speculative"):
+        return None
+    system = registry.load(slug)
     return system if getattr(system, "role", "") == "strategy" else None
 
 

@@ -26,6 +26,7 @@ import torch
 from isthmus.claims import Claim, Gate, Row, Ruler, Scale, judge
 from isthmus.decoding.generation import Generation
 from isthmus.decoding.relay import Relay, choose
+from isthmus.decoding.strategy import BatchStrategy
 from isthmus.errors import InvalidInputError, UnsupportedModelError
 from isthmus.roles import RoundTrace, Target
 from isthmus.workbench import sums
@@ -107,7 +108,7 @@ class Switch:
         return self.active
 
 
-class EntropyAdaptive:
+class EntropyAdaptive(BatchStrategy):
     """Strategy: two models take turns, the small one first.
 
     Args:
@@ -147,19 +148,6 @@ class EntropyAdaptive:
             raise UnsupportedModelError("entropy-adaptive is for models without an encoder")
         end = None if model.tokenizer is None else model.tokenizer.eos_token_id
         return cls(model.draft_model, model.target, settings, end=end)
-
-    def generate(
-        self,
-        ids: torch.Tensor,
-        *,
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        seed: int | None = None,
-    ) -> Generation:
-        """Decode one prompt, int64 [T]; see :meth:`generate_batch`."""
-        return self.generate_batch(
-            [ids], max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
-        )[0]
 
     @torch.no_grad()
     def generate_batch(

@@ -24,6 +24,7 @@ import torch
 
 from isthmus.claims import Claim, Gate, Row, Ruler, Scale, judge, ratio
 from isthmus.decoding.generation import Generation
+from isthmus.decoding.strategy import BatchStrategy
 from isthmus.decoding.tree import TokenTree, chain_topology
 from isthmus.errors import InvalidInputError, UnsupportedModelError
 from isthmus.roles import RoundTrace, Target
@@ -60,7 +61,7 @@ class Settings:
             )
 
 
-class Fastcot:
+class Fastcot(BatchStrategy):
     """Strategy: Jacobi rounds with an early way out.
 
     Args:
@@ -113,19 +114,6 @@ class Fastcot:
         )
         end = model.tokenizer.eos_token_id
         return cls(model.target, marker, trigger, settings, end=end, tokenizer=model.tokenizer)
-
-    def generate(
-        self,
-        ids: torch.Tensor,
-        *,
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        seed: int | None = None,
-    ) -> Generation:
-        """Decode one prompt, int64 [T]; see :meth:`generate_batch`."""
-        return self.generate_batch(
-            [ids], max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
-        )[0]
 
     @torch.no_grad()
     def generate_batch(

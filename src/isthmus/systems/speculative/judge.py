@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
@@ -167,9 +168,19 @@ class Judge(ModelDrafter):
         if head is None:
             raise InvalidInputError(
                 "judge needs a head fitted for its target: fit a StateHead on states of right and "
-                "wrong tokens and call Judge.for_model(model, head=head)"
+                "wrong tokens, save it, and give its folder as the drafter"
             )
         return cls(model.draft_model, settings, head=head)
+
+    @classmethod
+    def for_folder(cls, model: Any, folder: str | Path) -> Self:
+        """Judge with a saved head, see :meth:`isthmus.decoding.state_head.StateHead.fit`.
+
+        Raises:
+            IsthmusError: The head cannot be read or is another target's; or as for
+                :meth:`for_model`.
+        """
+        return cls.for_model(model, head=StateHead.from_pretrained(folder, cls.name, model.target))
 
     @property
     def default_shape(self) -> Shape:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
@@ -26,6 +27,8 @@ from isthmus.claims import Claim, Gate, Row, Ruler, Scale, judge
 from isthmus.decoding.generation import Generation
 from isthmus.decoding.relay import Relay, StepEnd
 from isthmus.decoding.rewards import NoReward, Reward, StateReward
+from isthmus.decoding.state_head import StateHead
+from isthmus.decoding.strategy import BatchStrategy
 from isthmus.errors import InvalidInputError, UnsupportedModelError
 from isthmus.roles import RoundTrace, Target
 from isthmus.workbench import sums
@@ -91,7 +94,7 @@ def keep_probability(settings: Settings, reward: float) -> float:
     return 0.5 + 0.5 * math.tanh(settings.slope * (reward - settings.threshold) / 2)
 
 
-class RewardGuided:
+class RewardGuided(BatchStrategy):
     """Strategy: draft by steps, score, keep or write anew.
 
     Args:
@@ -149,26 +152,26 @@ class RewardGuided:
             raise UnsupportedModelError("reward-guided is for models without an encoder")
         if reward is None:
             raise InvalidInputError(
-                "reward-guided needs a reward for its steps: fit a StateHead and call "
-                "RewardGuided.for_model(model, reward=StateReward(head))"
+                "reward-guided needs a reward for its steps: fit a StateHead on the draft model's "
+                "states, save it, and give its folder as the drafter"
             )
         end = None if model.tokenizer is None else model.tokenizer.eos_token_id
         return cls(
             model.draft_model, model.target, reward, settings, tokenizer=model.tokenizer, end=end
         )
 
-    def generate(
-        self,
-        ids: torch.Tensor,
-        *,
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        seed: int | None = None,
-    ) -> Generation:
-        """Decode one prompt, int64 [T]; see :meth:`generate_batch`."""
-        return self.generate_batch(
-            [ids], max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
-        )[0]
+    @classmethod
+    def for_folder(cls, model: Any, folder: str | Path) -> Self:
+        """Score with a saved head on the draft model's states.
+
+        Raises:
+            IsthmusError: The head cannot be read or reads another model; or as for
+                :meth:`for_model`.
+        """
+        if model.draft_model is None:
+            return cls.for_model(model)
+        head = StateHead.from_pretrained(folder, cls.name, model.draft_model)
+        return cls.for_model(model, reward=StateReward(head))
 
     @torch.no_grad()
     def generate_batch(
