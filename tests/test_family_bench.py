@@ -1,6 +1,7 @@
-"""The family bench: one table, what cannot run says why."""
+"""The family bench and the guide: what cannot run says why."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -45,3 +46,19 @@ def test_the_command_prints_one_table(capsys: pytest.CaptureFixture[str]) -> Non
     names = [line["system"] for line in found["systems"]]
     assert names == ["none", "token-recycling", "opt-tree"]
     assert found["systems"][1]["greedy"]["same_output"] == 2
+
+
+def test_the_guide_advises_from_what_it_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "notes.txt").write_text("import os\nimport sys\n" * 6)
+    words = ["bench", "guide", str(tmp_path), "--prompt-tokens", "24", "--max-new-tokens", "6"]
+    assert main([*words, "--json"]) == 0
+    advice = json.loads(capsys.readouterr().out)
+    assert advice["choice"] in {*advice["ranked"], "none"}
+    assert "there is no draft model" in advice["excluded"].values()
+    assert advice["options"]["drafter"] == advice["choice"]
+    assert main([*words, "--batch", "0"]) == 2
+    assert "at least 1" in capsys.readouterr().err
+    assert main(["bench", "guide", str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -190,4 +191,73 @@ def family(
     console().print(table)
     if left_out:
         console().print("not on this bench:", *(f"  {each}" for each in left_out), sep="\n")
+    return 0
+
+
+def guide(
+    *data: Path,
+    model: Annotated[str, Parameter(name=["--model", "-m"])] = "",
+    draft_model: str = "",
+    batch: int = 1,
+    prompts: int = 8,
+    prompt_tokens: int = 96,
+    max_new_tokens: int = 32,
+    temperature: float = 0.0,
+    dtype: str = "auto",
+    device: str = "auto",
+    json: bool = False,
+) -> int:
+    """Say which drafter fits a model and its texts, with the numbers that decided.
+
+    The model writes a little after each prompt; every method is replayed on what it wrote, and
+    forwards are timed at the batch size asked for.
+
+    Args:
+        data: Text files, .jsonl files with a field "text", or folders of them: texts of the kind
+            that will be decoded. Default: source of Python's standard library.
+        model: Folder or hub id of a checkpoint, or a reference model; default the embedded one.
+        draft_model: Smaller model with the same vocabulary, if one could be used.
+        batch: Prompts that will be decoded together.
+        prompts: Number of prompts to probe with.
+        prompt_tokens: Tokens of a prompt; longer texts are cut.
+        max_new_tokens: Tokens to write after each.
+        temperature: The temperature that will be used; 0 is greedy.
+        dtype: auto, float32, bfloat16, float16 or float64.
+        device: auto, cpu, cuda ...
+        json: Print one JSON object and nothing else on standard output.
+    """
+    if min(batch, prompts, prompt_tokens, max_new_tokens) < 1:
+        raise InvalidInputError("batch, prompts and numbers of tokens must be at least 1")
+    quiet_transformers()
+    from isthmus import registry
+    from isthmus.api import load
+    from isthmus.signals.text import read_texts
+    from isthmus.workbench import pycode
+
+    loaded = load(model, dtype=dtype, device=device, draft_model=draft_model)
+    if loaded.tokenizer is None:
+        raise InvalidInputError("the guide reads texts and needs a model with a tokenizer")
+    if data:
+        texts = read_texts(data)[:prompts]
+        ids = [loaded.encode(text)[:prompt_tokens].tolist() for text in texts]
+    else:
+        ids = pycode.prompts(prompts, loaded.tokenizer, prompt_tokens)
+    slug = "speculative-survey-closer"
+    system: Any = registry.load(slug)
+    settings = registry.load_module(registry.find(slug)).Settings(
+        tokens=max_new_tokens, temperature=temperature
+    )
+    advisor = system(settings)
+    with console(stderr=True).status("probing"):
+        advice = advisor.advise(advisor.probe(loaded, ids, batch=batch))
+    if json:
+        print_json(vars(advice))
+        return 0
+    screen = console()
+    options = ", ".join(f"{k}={v!r}" for k, v in advice.options.items())
+    screen.print(f"advice: {advice.choice}", f"  generate(..., {options})", sep="\n")
+    for reason in advice.reasons:
+        screen.print(f"  {reason}")
+    for name, why in advice.excluded.items():
+        screen.print(f"  not {name}: {why}")
     return 0

@@ -53,6 +53,11 @@ bench.command(
     name="family",
     help="The speculative family: one target, the same prompts, greedy and sampled.",
 )
+bench.command(
+    "isthmus.cli.bench:guide",
+    name="guide",
+    help="Which drafter fits a model and its texts, measured before it is advised.",
+)
 app.command(bench)
 
 
