@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -73,7 +73,7 @@ class Fastcot(BatchStrategy):
         tokenizer: Writes the text of the result, or None.
 
     Raises:
-        InvalidInputError: There is no marker.
+        InvalidInputError: No marker.
     """
 
     role: ClassVar[str] = "strategy"
@@ -276,6 +276,9 @@ def find(tokens: Sequence[int], part: Sequence[int]) -> int:
 def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
     """Measure the paper's claim on worked sums.
 
+    How long a marker has to stand is chosen on training problems: the shortest time that loses no
+    more than 2 points there.
+
     Args:
         ruler: The clock.
         scale: ``"small"`` is 200 problems, ``"test"`` 6.
@@ -283,73 +286,84 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
     count = 200 if scale != "test" else 6
     model = reference_model("sums-l")
     problems = sums.problems(count, seed="fastcot")
-    prompts = [torch.tensor(model.tokenizer.encode(p.prompt)) for p in problems]
+    learned = sums.problems(count // 2, "train", seed="fastcot")
+    prompts, tried = (
+        [torch.tensor(model.tokenizer.encode(p.prompt)) for p in each]
+        for each in (problems, learned)
+    )
 
     def arm(settings: Settings, some: Sequence[torch.Tensor] = prompts) -> list[Generation]:
         strategy = Fastcot.for_model(model, settings)
         parts = [some[i : i + 25] for i in range(0, len(some), 25)]
         return [r for part in parts for r in strategy.generate_batch(part, max_new_tokens=120)]
 
-    def right(results: Sequence[Generation]) -> float:
-        pairs = zip(problems, results, strict=True)
-        return 100 * sum(sums.check_answer(p, r.text) for p, r in pairs) / count
+    def right(results: Sequence[Generation], asked: Sequence[sums.Problem] = problems) -> float:
+        pairs = zip(asked, results, strict=True)
+        return 100 * sum(sums.check_answer(p, r.text) for p, r in pairs) / len(asked)
 
     def calls(results: Sequence[Generation]) -> float:
         return sum(r.stats.target_forwards for r in results) / count
 
     greedy = arm(Settings(window=0, glance=False))
     exact = arm(Settings(glance=False))
-    ours = arm(Settings())
-    longer = {stable: arm(Settings(stable=stable)) for stable in (3, 4)}
+    times = (2, 3, 4)
+    aim = right(arm(Settings(window=0, glance=False), tried), learned) - 2.0
+    fine = (t for t in times if right(arm(Settings(stable=t), tried), learned) >= aim)
+    chosen = Settings(stable=next(fine, times[-1]))
+    sweep = {t: arm(Settings(stable=t)) for t in times}
+    ours = sweep[chosen.stable]
     # the fair control: as many rounds of plain reasoning as ours had, then the answer
     thought = [max(1, sum(t.drafter == "window" for t in r.rounds)) for r in ours]
     cut: list[Generation] = [Generation()] * count
     for rounds in set(thought):
         members = [i for i, each in enumerate(thought) if each == rounds]
-        done = arm(Settings(window=0, max_rounds=rounds), [prompts[i] for i in members])
+        limit = replace(chosen, window=0, max_rounds=rounds)
+        done = arm(limit, [prompts[i] for i in members])
         for index, result in zip(members, done, strict=True):
             cut[index] = result
     plain = [model.generate(ids, max_new_tokens=120, drafter="none").tokens for ids in prompts[:24]]
     same = sum(a.tokens == b.tokens for a, b in zip(exact, greedy, strict=True))
     own = sum(a == b.tokens for a, b in zip(plain, greedy, strict=False))
     diverged = 100 * sum(a.tokens != b.tokens for a, b in zip(ours, greedy, strict=True)) / count
-    early = 100 * sum(any(t.accepted > 0 and t.drafter == "answer" for t in r.rounds) for r in ours)
-
     few = prompts[: max(3, count // 10)]
     timed = ruler.compare(
         {
             "greedy": lambda: [arm(Settings(window=0, glance=False), [ids]) for ids in few],
-            "ours": lambda: [arm(Settings(), [ids]) for ids in few],
+            "ours": lambda: [arm(chosen, [ids]) for ids in few],
         },
         repeats=3 if scale != "test" else 1,
     )
     speedup = ratio(timed["greedy"], timed["ours"])
-    identical = Gate("exact mode and greedy write the same", same, "==", count)
-    faithful = Gate("greedy arm and the engine write the same", own, "==", len(plain))
+    saved, gap = 1 - calls(ours) / calls(greedy), right(ours) - right(cut)
     gates = (
-        identical,
-        faithful,
-        Gate("target calls saved, share", 1 - calls(ours) / calls(greedy), ">=", 0.12),
+        Gate("exact mode and greedy write the same", same, "==", count),
+        Gate("greedy arm and the engine write the same", own, "==", len(plain)),
         Gate("points of accuracy lost", right(greedy) - right(ours), "<=", 2.0),
-        Gate("points above greedy cut to the same rounds", right(ours) - right(cut), ">=", 5.0),
-        Gate("calls, glance under exact Jacobi", calls(ours) / calls(exact), "<", 1.0),
+        Gate("target calls saved, share", saved, ">=", 0.12),
+        Gate("points above greedy cut to the same rounds", gap, ">=", 5.0),
+        Gate("calls, glance over exact Jacobi", calls(ours) / calls(exact), "<=", 0.97),
     )
     direction = (
-        identical,
-        faithful,
-        Gate("target calls saved, direction", 1 - calls(ours) / calls(greedy), ">", 0.0),
-        gates[3],
-        Gate("points above the cut, direction", right(ours) - right(cut), ">", 0.0),
-        gates[5],
+        *gates[:3],
+        Gate("target calls saved, direction", saved, ">", 0.0),
+        Gate("points above the cut, direction", gap, ">", 0.0),
+        Gate("calls over exact Jacobi, direction", calls(ours) / calls(exact), "<", 1.0),
     )
     return Claim(
         slug="fastcot",
-        statement="Answering from a glance at approximate reasoning saves at least 12 % of the "
-        "target calls of greedy decoding at no more than 2 points of accuracy, where greedy "
-        "reasoning cut to as many rounds loses at least 5 points more.",
+        statement="Answering from a glance at approximate reasoning saves 12 % of the target calls "
+        "of greedy decoding at 2 points of accuracy, where greedy reasoning cut to as many rounds "
+        "loses 5 points more.",
         paper_figure="nearly 20 % less time with a negligible loss (abstract)",
         rows=(
-            Row("target calls a problem", "calls", calls(greedy), calls(ours), calls(exact)),
+            Row(
+                "target calls a problem",
+                "calls",
+                calls(greedy),
+                calls(ours),
+                calls(exact),
+                note=f"marker unchanged for {chosen.stable} rounds, chosen on training problems",
+            ),
             Row(
                 "problems solved",
                 "%",
@@ -361,27 +375,26 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
             ),
             *(
                 Row(
-                    f"problems solved, marker unchanged for {stable} rounds",
+                    f"problems solved, marker unchanged for {rounds} rounds",
                     "%",
                     right(greedy),
                     right(results),
                     right(exact),
-                    note=f"{calls(results):.1f} calls a problem",
+                    note=f"{calls(results):.2f} calls a problem",
                 )
-                for stable, results in longer.items()
+                for rounds, results in sweep.items()
             ),
             Row("answers unlike greedy", "%", 0.0, diverged, 100 * (1 - same / count)),
-            Row("problems answered early", "%", 0.0, early / count, 0.0),
             Row("speed-up over greedy", "x", 1.0, speedup.median, None, note=f"{speedup}"),
         ),
         scale=scale,
         device="cpu",
         status=judge(gates, direction),
         notes=(
-            "Off is exact Jacobi decoding: the same window without the early way out.",
+            "Off is exact Jacobi decoding, the same window without the early way out; it saves most.",
             "The reference model has read right text only, so what it writes behind a wrong guess "
             "keeps the format of a solution and little of its content.",
         ),
-        gates=gates,
+        gates=(*gates, direction[5]),
         seeds=(0,),
     )
