@@ -143,7 +143,7 @@ class Units:
 
     @cached_property
     def lengths(self) -> torch.Tensor:
-        """Tokens |s(u)| of each unit, int64 [U]."""
+        """Tokens ``len(s(u))`` of each unit, int64 [U]."""
         return torch.tensor([len(s) for s in self.segments])
 
     @cached_property

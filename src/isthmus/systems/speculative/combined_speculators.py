@@ -235,6 +235,11 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
         Gate("both minus tokens only", tau["both"] - tau["tokens"], ">=", 0.1),
         Gate("second stage minus more of the first", second - first, ">", 0.0),
     )
+    direction = (
+        *gates[::3],
+        Gate("both minus context only, direction", tau["both"] - tau["context"], ">", 0.0),
+        Gate("both minus tokens only, direction", tau["both"] - tau["tokens"], ">", 0.0),
+    )
     unit = "tokens/forward"
     return Claim(
         slug="combined-speculators",
@@ -264,8 +269,8 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
         ),
         scale=scale,
         device="cpu",
-        status=judge(gates, gates[:3]),
+        status=judge(gates, direction),
         notes=(curve_note(*arms.values()),),
-        gates=gates,
+        gates=(*gates, *direction[2:]),
         seeds=(0, 1),
     )
