@@ -391,7 +391,7 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
         device="cpu",
         status=judge(gates, direction),
         notes=(
-            "Off is exact Jacobi decoding, the same window without an early way out; it saves most.",
+            "Off is exact Jacobi decoding: the same window without an early exit; it saves most.",
             "The reference model has read right text only, so what it writes behind a wrong guess "
             "keeps the format of a solution and little of its content.",
         ),
