@@ -129,6 +129,8 @@ def family_bench(
         except IsthmusError as error:
             reasons[slug] = str(error)
     ids = pycode.prompts(prompts, model.tokenizer, prompt_tokens)
+    report("warming up")
+    survey(model, methods, {"warm-up": ids[:1]}, max_new_tokens=min(4, max_new_tokens))
     greedy, sampled = (
         {
             outcome.method: outcome
