@@ -235,8 +235,8 @@ def test_a_strategy_decodes_in_its_own_loop(
     assert [g.tokens for g in two] == [[5, 5, 5]] * 2 and two[0].drafter == "token-recycling"
     text = "".join(embedded.stream("a", max_new_tokens=3, drafter="token-recycling"))
     assert text == embedded.tokenizer.decode([5, 5, 5]) == embedded.last.text
-    with pytest.raises(InvalidInputError, match="takes no stop, top_k"):
-        embedded.generate("a", drafter="token-recycling", stop=["x"], top_k=3)
+    with pytest.raises(InvalidInputError, match="takes no stop, num_draft_tokens, top_k"):
+        embedded.generate("a", drafter="token-recycling", stop=["x"], top_k=3, num_draft_tokens=4)
     assert main(["generate", "a", "--drafter", "token-recycling", "-n", "2"]) == 0
     assert "lossless: no" in capsys.readouterr().err
 

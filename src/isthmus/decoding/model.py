@@ -106,7 +106,14 @@ class Model:
         many = isinstance(prompt, (list, tuple)) and not _is_ids(prompt)
         strategy_type = own_loop(drafter)
         if strategy_type is not None:
-            given = [name for name, value in (("stop", stop), ("law", law)) if value]
+            asked = {
+                "stop": stop,
+                "law": law,
+                "acceptance": acceptance,
+                "inputs": inputs,
+                "num_draft_tokens": num_draft_tokens,
+            }
+            given = [name for name, value in asked.items() if value]
             given += [name for name, value in sampling.items() if value != NEUTRAL.get(name)]
             given = [name for name in given if name != "temperature"]
             if given:

@@ -141,7 +141,10 @@ def survey(
         for name, method in methods.items()
     }
     exact = Coupled(seed) if temperature > 0 else None
-    rules = {name: rule_of(policy) or exact for name, policy in policies.items()}
+    rules = {
+        name: None if isinstance(policy, str) else rule_of(policy) or exact
+        for name, policy in policies.items()
+    }
     rules |= acceptances or {}
     out = []
     for task, prompts in tasks.items():
