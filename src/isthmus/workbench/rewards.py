@@ -23,7 +23,7 @@ from isthmus.errors import BrokenFileError, MismatchError
 from isthmus.folders import cache_folder
 from isthmus.workbench import sums
 
-SYSTEM = "step-reward"
+SYSTEM = "reward-guided"
 
 
 @dataclass(frozen=True)
