@@ -13,8 +13,8 @@ SMALL = {"target": "pycode-t", "prompts": 2, "prompt_tokens": 16, "max_new_token
 
 
 def test_lossless_systems_write_plain_text_and_others_say_why() -> None:
-    slugs = ["token_recycling", "opt-tree", "speculative-survey"]
-    plain, recycling, tree, study = family_bench(slugs, **SMALL)  # type: ignore[arg-type]
+    slugs = ["token_recycling", "opt-tree", "speculative-survey", "fastcot"]
+    plain, recycling, tree, study, cot = family_bench(slugs, **SMALL)  # type: ignore[arg-type]
     assert plain.greedy is not None and plain.greedy.acceptance_length == 1.0
     assert plain.slowdown == 1.0
     assert recycling.name == "token-recycling" and recycling.lossless
@@ -25,6 +25,7 @@ def test_lossless_systems_write_plain_text_and_others_say_why() -> None:
     assert recycling.slowdown is not None and recycling.slowdown > 0
     assert "draft model" in tree.reason and tree.greedy is None
     assert "does not decode" in study.reason
+    assert not cot.lossless and cot.greedy is not None and cot.sampled is None, "greedy only"
 
 
 def test_bad_words_are_refused() -> None:

@@ -175,7 +175,7 @@ def family(
         table.add_column(heading, justify="right")
     left_out = []
     for line in lines:
-        if line.greedy is None or line.sampled is None:
+        if line.greedy is None:
             left_out.append(f"{line.name}: {line.reason}")
             continue
         table.add_row(
@@ -185,8 +185,8 @@ def family(
             str(line.greedy.forwards),
             f"{line.slowdown:.2f}",
             f"{line.greedy.same}/{prompts}",
-            f"{line.sampled.acceptance_length:.2f}",
-            f"{line.sampled.same}/{prompts}",
+            f"{line.sampled.acceptance_length:.2f}" if line.sampled else "greedy only",
+            f"{line.sampled.same}/{prompts}" if line.sampled else "",
         )
     console().print(table)
     if left_out:

@@ -35,7 +35,7 @@ class Line:
         lossless: Whether the output law is the target's.
         greedy: What it did greedily; None where it could not run.
         sampled: What it did at temperature 1; coupled draws, so that lossless systems write
-            what plain decoding writes.
+            what plain decoding writes. None where it decodes greedily only.
         slowdown: Seconds per token over those of plain decoding, greedy, median over prompts.
         reason: Why it did not run.
     """
@@ -129,33 +129,44 @@ def family_bench(
         except IsthmusError as error:
             reasons[slug] = str(error)
     ids = pycode.prompts(prompts, model.tokenizer, prompt_tokens)
-    report("warming up")
-    survey(model, methods, {"warm-up": ids[:1]}, max_new_tokens=min(4, max_new_tokens))
-    greedy, sampled = (
-        {
-            outcome.method: outcome
-            for outcome in survey(
-                model,
-                methods,
-                {kind: ids},
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                seed=seed,
-                report=lambda task, name: report(f"{task}: {name}"),
-            )
-        }
-        for kind, temperature in (("greedy", 0.0), ("T = 1", 1.0))
-    )
+    runs: list[dict[str, Outcome]] = []
+    for kind, temperature in (("greedy", 0.0), ("T = 1", 1.0)):
+        able = {}
+        for name, each in methods.items():
+            report(f"warming up {name}")
+            few = min(4, max_new_tokens)
+            try:
+                survey(
+                    model,
+                    {name: each},
+                    {kind: ids[:1]},
+                    max_new_tokens=few,
+                    temperature=temperature,
+                )
+                able[name] = each
+            except IsthmusError as error:  # some decode greedily only
+                reasons.setdefault(name, str(error))
+        found = survey(
+            model,
+            able,
+            {kind: ids},
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            report=lambda task, name: report(f"{task}: {name}"),
+        )
+        runs.append({outcome.method: outcome for outcome in found})
+    greedy, sampled = runs
     pace = _seconds_per_token(greedy[PLAIN])
     lines = []
     for name in (PLAIN, *wanted):
-        if name in reasons:
+        if name not in greedy:
             lines.append(Line(name, _lossless(name), reason=reasons[name]))
             continue
         times = _seconds_per_token(greedy[name])
         slowdown = statistics.median(t / p for t, p in zip(times, pace, strict=True))
         lossless = _lossless(name) and getattr(rule_of(methods[name]), "lossless", True)
-        lines.append(Line(name, lossless, greedy[name], sampled[name], slowdown))
+        lines.append(Line(name, lossless, greedy[name], sampled.get(name), slowdown))
     return lines
 
 
