@@ -22,8 +22,9 @@ import tiny
 SYSTEMS = [info.slug for info in registry.systems()]
 TRAINED = [slug for slug in SYSTEMS if issubclass(registry.load(slug), TrainedDrafter)]
 
-#: A trained drafter must keep the contract on two of these at least; the last has an encoder.
-ARCHITECTURES = ("Llama", "GPT2", "Bart")
+#: A trained drafter must keep the contract on two of these; the first has an encoder. Each system's
+#: own tests compare its output on the others.
+ARCHITECTURES = ("Bart", "Llama", "GPT2")
 ENOUGH = 2
 
 #: A token, a chain and a tree; each system's own tests ask for more.
@@ -74,6 +75,8 @@ def test_contract_of_a_trained_drafter(slug: str) -> None:
         inputs = {"input_ids": torch.arange(3, 12).view(3, 3)} if target.encoder_decoder else None
         testing.check_drafter(lambda d=drafter: d, target=target, shapes=SHAPES[1:], inputs=inputs)
         kept.append(name)
+        if len(kept) == ENOUGH:
+            break
     assert len(kept) >= ENOUGH, f"{slug} works on {kept} only"
 
 
