@@ -1,9 +1,11 @@
 """Folders that are written as a whole, or not at all."""
 
+from pathlib import Path
+
 import pytest
 
 from isthmus.errors import BrokenFileError, InvalidInputError
-from isthmus.folders import check_replaceable, published
+from isthmus.folders import check_replaceable, kept, published
 
 
 def test_a_folder_is_replaced_as_a_whole(tmp_path):
@@ -42,3 +44,19 @@ def test_what_cannot_be_written_or_replaced_is_refused_in_one_line(tmp_path):
         check_replaceable(tmp_path, ("mark",), "drafter")
     check_replaceable(tmp_path, ("file",), "drafter")
     check_replaceable(tmp_path / "new", ("mark",), "drafter")
+
+
+def test_equal_keys_have_one_place_and_a_folder_that_cannot_be_made_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path))
+    places = []
+    for key in ({"a": 1, "b": 2}, {"b": 2, "a": 1}, {"a": 1, "b": 3}):
+        with kept("things", "thing", key) as place:
+            places.append(place)
+    assert places[0] == places[1] != places[2] and not places[0].exists()
+    assert places[0].parent == tmp_path / "things"
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "file"))
+    with pytest.raises(BrokenFileError, match="ISTHMUS_CACHE"), kept("things", "thing", 1):
+        pass

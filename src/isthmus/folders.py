@@ -1,11 +1,16 @@
 """Where isthmus keeps what it can make again, and how folders are written as a whole."""
 
+import hashlib
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
 
 from isthmus.errors import BrokenFileError, InvalidInputError
 
@@ -17,6 +22,32 @@ def cache_folder() -> Path:
         return Path(own).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base).expanduser() if base else Path.home() / ".cache") / "isthmus"
+
+
+@contextmanager
+def kept(kind: str, name: str, key: Any) -> Iterator[Path]:
+    """The place in the cache of something that can be made again, locked while it may be made.
+
+    Args:
+        kind: Folder of the cache, for example ``"drafters"``.
+        name: What it is, for people.
+        key: All that it depends on, as plain data: equal keys, equal places.
+
+    Yields:
+        The folder, which may not be there yet.
+
+    Raises:
+        BrokenFileError: The cache folder cannot be written.
+    """
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    folder = cache_folder() / kind / f"{name}-{digest[:12]}"
+    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
+    with writable(folder.parent):
+        lock.acquire()
+    try:
+        yield folder
+    finally:
+        lock.release()
 
 
 def check_replaceable(folder: Path, marks: Sequence[str], kind: str) -> None:

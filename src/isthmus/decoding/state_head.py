@@ -21,6 +21,7 @@ from torch import nn
 
 from isthmus.decoding.trained import CONFIG, WEIGHTS, read_config, target_fingerprint
 from isthmus.errors import BrokenFileError, InvalidInputError, MismatchError
+from isthmus.folders import writable
 
 _MAX_WIDTH = 1_000_000
 
@@ -137,23 +138,26 @@ class StateHead(nn.Module):
             folder: Where to; made if need be.
             system: Slug of the system that it is for.
             target: The model whose states it reads.
+
+        Raises:
+            BrokenFileError: The folder cannot be written.
         """
         place = Path(folder)
-        place.mkdir(parents=True, exist_ok=True)
         weights = {k: v.detach().cpu().contiguous() for k, v in self.named_parameters()}
-        part = place / f"{WEIGHTS}.part"
-        save_file(weights, part, metadata={"format": "pt"})
-        part.replace(place / WEIGHTS)
-        config = {
-            "system": system,
-            "settings": {"width": self.width, "hidden": self.hidden},
-            "target": target_fingerprint(target),
-            "sha256": hashlib.sha256((place / WEIGHTS).read_bytes()).hexdigest(),
-            "training": self.record,
-        }
-        part = place / f"{CONFIG}.part"
-        part.write_text(json.dumps(config, indent=1))
-        part.replace(place / CONFIG)
+        with writable(place):
+            part = place / f"{WEIGHTS}.part"
+            save_file(weights, part, metadata={"format": "pt"})
+            part.replace(place / WEIGHTS)
+            config = {
+                "system": system,
+                "settings": {"width": self.width, "hidden": self.hidden},
+                "target": target_fingerprint(target),
+                "sha256": hashlib.sha256((place / WEIGHTS).read_bytes()).hexdigest(),
+                "training": self.record,
+            }
+            part = place / f"{CONFIG}.part"
+            part.write_text(json.dumps(config, indent=1))
+            part.replace(place / CONFIG)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, system: str, target: Any) -> Self:

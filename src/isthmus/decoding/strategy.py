@@ -10,6 +10,23 @@ import torch
 from isthmus.decoding.generation import Generation
 
 
+def row_generators(
+    seed: int | None, rows: int
+) -> tuple[list[torch.Generator], list[torch.Generator]]:
+    """Two generators a row, one for tokens and one for choices, so that no row sways another.
+
+    Args:
+        seed: Row b uses ``seed + b``; None takes a new one.
+        rows: Rows B.
+    """
+    first = torch.seed() if seed is None else seed
+    tokens, choices = (
+        [torch.Generator().manual_seed(first + b + apart) for b in range(rows)]
+        for apart in (0, 1_000_003)
+    )
+    return tokens, choices
+
+
 class BatchStrategy(ABC):
     """A strategy that decodes several prompts together; one prompt is a batch of one."""
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -107,17 +109,10 @@ def load_checkpoint(source: str, *, dtype: str = "auto", device: str = "auto") -
     if not Path(source).exists():
         _check_reachable(source)
     from transformers import AutoConfig
-    from transformers.utils import logging
 
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with _Translated(source):
-            config = AutoConfig.from_pretrained(source)
-            model = _auto_class(config).from_pretrained(source, dtype=number)
-    finally:
-        if bars:
-            logging.enable_progress_bar()
+    with no_progress_bars(), _Translated(source):
+        config = AutoConfig.from_pretrained(source)
+        model = _auto_class(config).from_pretrained(source, dtype=number)
     _check_complete(model, source)
     return Checkpoint(model.to(where).eval(), load_tokenizer(source), source)
 
@@ -141,6 +136,20 @@ def _check_reachable(source: str) -> None:
             hint="it is no folder here and no model on a hub that this machine can reach "
             f"({type(error).__name__}); give the folder of a checkpoint or a full hub id",
         ) from error
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Keep transformers from drawing progress bars."""
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            logging.enable_progress_bar()
 
 
 def load_tokenizer(source: str) -> Any:

@@ -7,21 +7,18 @@ built, read and minimised, the :class:`~isthmus.workbench._training.Trainer` is 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from rich.console import Console
-from transformers.utils import logging
 
 from isthmus.errors import BrokenFileError
-from isthmus.folders import cache_folder
-from isthmus.workbench._training import Course, Progress, Recipe, Trainer
+from isthmus.folders import cache_folder, kept, published
+from isthmus.models.hub import no_progress_bars
+from isthmus.workbench._training import Course, Progress, Recipe, Trainer, loss_curve
 
 CARD = "card.json"
 
@@ -43,20 +40,10 @@ def made(recipe: Recipe, course: Course, tokenizer: Any, *, corpus: str, end: in
         BrokenFileError: The cache folder cannot be written.
         KeyboardInterrupt: Training was interrupted; the next call goes on from there.
     """
-    key = json.dumps([recipe.as_dict(), corpus], sort_keys=True)
-    name = f"{recipe.name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-    folder = cache_folder() / "courses" / name
-    state = cache_folder() / "unfinished" / name
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f"{name}.lock")):
-            if not (folder / CARD).exists():
-                _train(folder, state, recipe, course, tokenizer, corpus, end)
-    except OSError as error:
-        raise BrokenFileError(
-            f"cannot write to {str(folder)!r} ({error.strerror or error}); "
-            "set ISTHMUS_CACHE to a folder that can be written"
-        ) from error
+    with kept("courses", recipe.name, [recipe.as_dict(), corpus]) as folder:
+        if not (folder / CARD).exists():
+            state = cache_folder() / "unfinished" / folder.name
+            _train(folder, state, recipe, course, tokenizer, corpus, end)
     return folder
 
 
@@ -93,30 +80,15 @@ def _train(
             status.update(f"training {recipe.name}: {now.step}/{now.steps}, {now.loss:.3f}")
 
         trainer.run(report)
-    block = max(1, len(losses) // 10)
-    curve = [
-        round(sum(losses[i : i + block]) / len(losses[i : i + block]), 4)
-        for i in range(0, len(losses), block)
-    ]
     record = {
         "recipe": recipe.as_dict(),
-        "curve": curve,
+        "curve": loss_curve(losses),
         "seconds": round(trainer.seconds, 1),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
     }
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        trainer.model.cpu().save_pretrained(part)
+    with published(folder) as part:  # what is there already is damaged: it has no card
+        with no_progress_bars():
+            trainer.model.cpu().save_pretrained(part)
         tokenizer.save_pretrained(part)
         (part / CARD).write_text(json.dumps(record, indent=1), encoding="utf-8")
-        part.chmod(0o755)
-        if folder.exists():  # damaged: it had no card
-            shutil.rmtree(folder)
-        part.rename(folder)
-        shutil.rmtree(state, ignore_errors=True)
-    finally:
-        if bars:
-            logging.enable_progress_bar()
-        shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(state, ignore_errors=True)

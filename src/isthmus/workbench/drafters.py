@@ -6,14 +6,11 @@ Claims that compare drafters train each of them once, on the same texts in the s
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from rich.console import Console
 
 from isthmus import registry
@@ -21,7 +18,7 @@ from isthmus.decoding.model import Model
 from isthmus.decoding.policy import Fixed
 from isthmus.decoding.trained import TrainedDrafter, target_fingerprint
 from isthmus.errors import BrokenFileError, MismatchError
-from isthmus.folders import cache_folder
+from isthmus.folders import kept
 from isthmus.roles import Shape
 from isthmus.training.drafting import DraftTraining, Progress, Recipe, windows
 from isthmus.workbench import pycode, sums
@@ -86,19 +83,13 @@ def reference_drafter(
     hub: Any = model.target
     torch.manual_seed(recipe.seed)  # torch's layers draw their weights from the global generator
     drafter: TrainedDrafter = registry.load(slug)(hub, settings)
-    key = json.dumps(
-        {
-            "settings": asdict(drafter.settings),
-            "recipe": asdict(recipe),
-            "target": target_fingerprint(hub),
-            "shapes": {k: list(v.shape) for k, v in drafter.state_dict().items()},
-        },
-        sort_keys=True,
-    )
-    name = f"{slug}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-    folder = cache_folder() / "drafters" / name
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f"{name}.lock")):
+    key = {
+        "settings": asdict(drafter.settings),
+        "recipe": asdict(recipe),
+        "target": target_fingerprint(hub),
+        "shapes": {k: list(v.shape) for k, v in drafter.state_dict().items()},
+    }
+    with kept("drafters", slug, key) as folder:
         try:
             return type(drafter).from_pretrained(folder, hub)
         except (BrokenFileError, MismatchError):
@@ -108,7 +99,7 @@ def reference_drafter(
             texts(target, recipe.sequence_length),
             texts(target, recipe.sequence_length, "held-out"),
             recipe,
-            folder.with_name(f"{name}.run.safetensors"),
+            folder.with_name(f"{folder.name}.run.safetensors"),
         )
         with Console(stderr=True).status("") as status:
 

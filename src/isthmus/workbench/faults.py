@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import copy
 import functools
-import hashlib
-import json
 import random
 from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
-from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from isthmus.decoding.relay import Relay
@@ -25,7 +22,7 @@ from isthmus.decoding.state_head import StateHead
 from isthmus.decoding.target import HubTarget
 from isthmus.decoding.trained import target_fingerprint
 from isthmus.errors import BrokenFileError, MismatchError
-from isthmus.folders import cache_folder
+from isthmus.folders import kept
 from isthmus.roles import Taps
 from isthmus.training.drafting import Recipe
 from isthmus.training.tuning import IGNORED, label_loss, logits_of, tune
@@ -195,11 +192,9 @@ def worded_draft(draft: HubTarget, recipe: Recipe) -> HubTarget:
         recipe: How it is trained on.
     """
     parts = [asdict(recipe), target_fingerprint(draft), sums.digest()]
-    name = f"worded-{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]}"
-    path = cache_folder() / "tuned" / f"{name}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
     model = copy.deepcopy(draft.model)
-    with FileLock(path.with_suffix(".lock")):
+    with kept("tuned", "worded", parts) as place:
+        path = place.with_suffix(".safetensors")
         if path.exists():
             model.load_state_dict(load_file(path), strict=False)
             return HubTarget(model.eval())
@@ -251,11 +246,7 @@ def fitted_head(
         addends: Fewest and most numbers of a problem.
     """
     models = [target_fingerprint(target), target_fingerprint(draft)]
-    key = json.dumps([*models, sums.digest(), by, count, addends])
-    name = f"{SYSTEM}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-    folder = cache_folder() / "rewards" / name
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f"{name}.lock")):
+    with kept("rewards", SYSTEM, [*models, sums.digest(), by, count, addends]) as folder:
         try:
             return StateHead.from_pretrained(folder, SYSTEM, target)
         except (BrokenFileError, MismatchError):

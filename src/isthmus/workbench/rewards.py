@@ -7,20 +7,17 @@ check_step` says which are right.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from filelock import FileLock
 
 from isthmus.decoding.relay import Relay
 from isthmus.decoding.state_head import StateHead
 from isthmus.decoding.trained import target_fingerprint
 from isthmus.errors import BrokenFileError, MismatchError
-from isthmus.folders import cache_folder
+from isthmus.folders import kept
 from isthmus.workbench import sums
 
 SYSTEM = "reward-guided"
@@ -135,11 +132,8 @@ def sums_reward(model: Any, recipe: RewardRecipe | None = None) -> StateHead:
         recipe: How it is fitted.
     """
     recipe = recipe or RewardRecipe()
-    key = json.dumps([asdict(recipe), target_fingerprint(model), sums.digest()], sort_keys=True)
-    name = f"{SYSTEM}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-    folder = cache_folder() / "rewards" / name
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f"{name}.lock")):
+    key = [asdict(recipe), target_fingerprint(model), sums.digest()]
+    with kept("rewards", SYSTEM, key) as folder:
         try:
             return StateHead.from_pretrained(folder, SYSTEM, model)
         except (BrokenFileError, MismatchError):

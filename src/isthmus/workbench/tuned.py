@@ -9,24 +9,20 @@ tokens with the plain loss.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from rich.console import Console
-from transformers.utils import logging
 
 from isthmus import registry
 from isthmus.decoding.model import Model
 from isthmus.decoding.trained import target_fingerprint
 from isthmus.errors import BrokenFileError
-from isthmus.folders import cache_folder, published
-from isthmus.models.hub import load_checkpoint
+from isthmus.folders import kept, published
+from isthmus.models.hub import load_checkpoint, no_progress_bars
 from isthmus.roles import Acceptance, Policy
 from isthmus.training.drafting import Recipe
 from isthmus.training.tuning import (
@@ -38,6 +34,7 @@ from isthmus.training.tuning import (
     tune,
 )
 from isthmus.workbench import pycode
+from isthmus.workbench._training import loss_curve
 from isthmus.workbench.bench import Answers
 from isthmus.workbench.drafters import TARGET, target_model, texts
 
@@ -71,11 +68,7 @@ def tuned(
         "recipe": {k: v for k, v in vars(recipe).items() if k != "validate_every"},
         "base": target_fingerprint(target_model(base).target),
     }
-    key = json.dumps(parts, sort_keys=True)
-    name = f"{slug or 'plain'}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-    folder = cache_folder() / "tuned" / name
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f"{name}.lock")):
+    with kept("tuned", slug or "plain", parts) as folder:
         if not (folder / CARD).exists():
             _train(folder, system, settings, recipe, base, parts)
     checkpoint = load_checkpoint(str(folder), dtype="float32", device="cpu")
@@ -120,34 +113,17 @@ def _train(
 
         losses = tune(model, texts(base, recipe.sequence_length), loss, recipe, report)
     held_out = texts(base, recipe.sequence_length, "held-out")
-    block = max(1, recipe.steps // 10)
-    means = [
-        sum(losses[i : i + block]) / len(losses[i : i + block])
-        for i in range(0, len(losses), block)
-    ]
     record = {
         **parts,
-        "curve": [round(m, 4) for m in means],
+        "curve": loss_curve(losses),
         "held_out_nats": round(held_out_loss(model, held_out), 4),
     }
     with published(folder) as part:  # what is there already is damaged: it has no card
-        with _quiet():
+        with no_progress_bars():
             model.save_pretrained(part)
         if origin.tokenizer is not None:
             origin.tokenizer.save_pretrained(part)
         (part / CARD).write_text(json.dumps(record, indent=1), encoding="utf-8")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the progress bars of transformers."""
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if bars:
-            logging.enable_progress_bar()
 
 
 def answer_together(

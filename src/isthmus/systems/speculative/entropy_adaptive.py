@@ -26,7 +26,7 @@ import torch
 from isthmus.claims import Claim, Gate, Row, Ruler, Scale, judge
 from isthmus.decoding.generation import Generation
 from isthmus.decoding.relay import Relay, choose
-from isthmus.decoding.strategy import BatchStrategy
+from isthmus.decoding.strategy import BatchStrategy, row_generators
 from isthmus.errors import InvalidInputError, UnsupportedModelError
 from isthmus.roles import RoundTrace, Target
 from isthmus.workbench import sums
@@ -177,9 +177,7 @@ class EntropyAdaptive(BatchStrategy):
             raise InvalidInputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         start = time.perf_counter()
         relay = Relay(self.models, prompts)
-        first = torch.seed() if seed is None else seed
-        draws = [torch.Generator().manual_seed(first + b) for b in range(len(prompts))]
-        coins = [torch.Generator().manual_seed(first + b + 1_000_003) for b in range(len(prompts))]
+        draws, coins = row_generators(seed, len(prompts))
         switches = [Switch(self.settings, coin) for coin in coins]
         results = [Generation(lossless=False, prompt_tokens=len(p)) for p in prompts]
         alive = list(range(len(prompts)))

@@ -28,7 +28,7 @@ from isthmus.decoding.generation import Generation
 from isthmus.decoding.relay import Relay, StepEnd
 from isthmus.decoding.rewards import NoReward, Reward, StateReward
 from isthmus.decoding.state_head import StateHead
-from isthmus.decoding.strategy import BatchStrategy
+from isthmus.decoding.strategy import BatchStrategy, row_generators
 from isthmus.errors import InvalidInputError, UnsupportedModelError
 from isthmus.roles import RoundTrace, Target
 from isthmus.workbench import sums
@@ -201,9 +201,7 @@ class RewardGuided(BatchStrategy):
             raise InvalidInputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         start = time.perf_counter()
         relay = Relay(self.models, prompts, watched=self.watched)
-        first = torch.seed() if seed is None else seed
-        draws = [torch.Generator().manual_seed(first + b) for b in range(len(prompts))]
-        coins = [torch.Generator().manual_seed(first + b + 1_000_003) for b in range(len(prompts))]
+        draws, coins = row_generators(seed, len(prompts))
         results = [Generation(lossless=False, prompt_tokens=len(p)) for p in prompts]
         limits = [len(p) + max_new_tokens for p in prompts]
         self.scores = [[] for _ in prompts]
