@@ -13,9 +13,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from isthmus.decoding.custom_generate import custom_generate
+from isthmus.decoding.fast import FastTarget, best_target
 from isthmus.decoding.model import Model, drafters
 from isthmus.decoding.target import HubTarget
-from isthmus.models.hub import check_same_vocabulary, load_checkpoint
+from isthmus.models.hub import (
+    Checkpoint,
+    check_same_vocabulary,
+    is_bfloat16,
+    load_checkpoint,
+    preferred_dtype,
+)
 from isthmus.workbench import reference
 
 __all__ = ["Model", "custom_generate", "drafters", "load"]
@@ -37,12 +44,14 @@ def load(
     Args:
         source: Folder or hub id of a checkpoint of transformers, or the name of a reference model
             of :mod:`isthmus.workbench`; the embedded model when empty.
-        dtype: ``"auto"`` (what the device computes fastest), ``"float32"``, ``"bfloat16"``,
-            ``"float16"`` or ``"float64"``.
+        dtype: ``"auto"`` (what the device computes fastest; on a CPU, a model with a fast forward
+            keeps bfloat16 weights as they are and computes in float32), ``"float32"``,
+            ``"bfloat16"``, ``"float16"`` or ``"float64"``.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
         draft_model: A smaller model with the same vocabulary, for drafters that need one.
-        exact: Compute every forward with the same shapes, so that plain and speculative decoding
-            see the same numbers bit for bit; slower. See :mod:`isthmus.decoding.exact`.
+        exact: Plain and speculative decoding see the same numbers bit for bit. A fast forward
+            (:mod:`isthmus.decoding.fast`) does so at no cost; other models compute every forward
+            with the same shapes, which is slower (:mod:`isthmus.decoding.exact`).
 
     Raises:
         UnknownNameError: No such model, dtype or device.
@@ -50,13 +59,25 @@ def load(
         UnsupportedModelError: A model that cannot be decoded with an unchanged output.
         MismatchError: The draft model has another vocabulary.
     """
-    checkpoint = load_checkpoint(_resolve(str(source)), dtype=dtype, device=device)
-    model = Model(checkpoint.model, checkpoint.tokenizer, exact=exact)
+    checkpoint, target = _load(str(source), dtype, device)
+    model = Model(target, checkpoint.tokenizer, exact=exact)
     if draft_model:
-        draft = load_checkpoint(_resolve(str(draft_model)), dtype=dtype, device=device)
+        draft, model.draft_model = _load(str(draft_model), dtype, device)
         check_same_vocabulary(draft.tokenizer, checkpoint.tokenizer)
-        model.draft_model = HubTarget(draft.model)
     return model
+
+
+def _load(source: str, dtype: str, device: str) -> tuple[Checkpoint, HubTarget]:
+    """A checkpoint and the best target for it."""
+    place = _resolve(source)
+    chosen = "bfloat16" if dtype == "auto" and is_bfloat16(place, device) else dtype
+    checkpoint = load_checkpoint(place, dtype=chosen, device=device)
+    target = best_target(checkpoint.model)
+    if chosen != dtype and not isinstance(target, FastTarget):
+        why = target.why_general
+        target = HubTarget(checkpoint.model.to(preferred_dtype("cpu")))
+        target.why_general = why
+    return checkpoint, target
 
 
 def _resolve(source: str) -> str:

@@ -121,7 +121,8 @@ class SlotLayer(CacheLayerMixin):
         keys[:, :, start:end] = key_states
         values[:, :, start:end] = value_states
         self.keys, self.values = keys[:, :, :end], values[:, :, :end]
-        return self.keys, self.values
+        # a cache may be wider than the model: FastTarget keeps float32
+        return self.keys.to(key_states.dtype), self.values.to(value_states.dtype)
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
         """Key length and offset; releases before 5.10 pass positions, later ones a length."""

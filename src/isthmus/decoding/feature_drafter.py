@@ -206,7 +206,7 @@ class FeatureDrafter(TrainedDrafter):
 
     def reset(self, batch: int) -> None:
         """An empty cache."""
-        device, dtype = self.target.device, self.target.dtype
+        device, dtype = self.target.device, self.target.state_dtype
         self._cache = DraftCache(self.sizes, 1, batch, dtype, device)
         self.feature = torch.zeros(batch, self.sizes.hidden_size, device=device, dtype=dtype)
         self._last = self.feature[:, None].repeat(1, 1, self.states)

@@ -42,7 +42,7 @@ class FeatureHeads(TrainedDrafter):
         """No feature yet."""
         target = self.target
         self.feature = torch.zeros(
-            batch, self.sizes.hidden_size, device=target.device, dtype=target.dtype
+            batch, self.sizes.hidden_size, device=target.device, dtype=target.state_dtype
         )
 
     def absorb(self, fresh: Fresh) -> None:

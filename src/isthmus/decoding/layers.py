@@ -81,6 +81,9 @@ class LayerSlices:
         )
         if target.encoder_decoder or target.recurrent or self.norm is None:
             raise self._refusal("its layers read more than the tokens before them")
+        if target.state_dtype != target.dtype:
+            name = str(target.state_dtype).removeprefix("torch.")
+            raise self._refusal(f"its states are {name} and its layers are not; load it in {name}")
         names = inspect.signature(target.layers[0].forward).parameters
         self._cache_name = "layer_past" if "layer_past" in names else "past_key_values"
         try:

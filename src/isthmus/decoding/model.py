@@ -14,6 +14,7 @@ from isthmus.decoding.cost import cost
 from isthmus.decoding.drafters import ModelDrafter, PromptLookup, Union
 from isthmus.decoding.engine import Request, decode
 from isthmus.decoding.exact import ExactTarget
+from isthmus.decoding.fast import FastTarget, best_target
 from isthmus.decoding.generation import Generation
 from isthmus.decoding.law import Law
 from isthmus.decoding.policy import Auto, Fixed
@@ -38,10 +39,11 @@ class Model:
     """A model with its tokenizer, ready to decode.
 
     Args:
-        model: A model of transformers in eval mode.
+        model: A model of transformers in eval mode, or a target made from one.
         tokenizer: Its tokenizer, or None to work with token ids.
         draft_model: A draft model with the same vocabulary, or None.
         exact: See :func:`load`.
+        fast: Whether the compiled forward may be used, where the model has one.
 
     Attributes:
         target: The model as the engine sees it.
@@ -51,11 +53,19 @@ class Model:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any = None, *, draft_model: Any = None, exact: bool = False
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        draft_model: Any = None,
+        exact: bool = False,
+        fast: bool = True,
     ) -> None:
-        self.target = ExactTarget(model) if exact else HubTarget(model)
+        self.target = _target(model, fast)
+        if exact and not isinstance(self.target, FastTarget):  # which is exact as it is
+            self.target = ExactTarget(self.target.model)
         self.tokenizer = tokenizer
-        self.draft_model = None if draft_model is None else HubTarget(draft_model)
+        self.draft_model = None if draft_model is None else _target(draft_model, fast)
         self.last = Generation()
         self._policies: dict[str, Policy] = {}
 
@@ -406,6 +416,12 @@ class Model:
 class _Job:
     def __init__(self, requests: list[Request], rounds: Iterator[Any]) -> None:
         self.requests, self.rounds = requests, rounds
+
+
+def _target(model: Any, fast: bool) -> HubTarget:
+    if isinstance(model, HubTarget):
+        return model
+    return best_target(model) if fast else HubTarget(model)
 
 
 def _is_ids(prompt: Sequence[Any]) -> bool:

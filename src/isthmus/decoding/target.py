@@ -81,10 +81,16 @@ class HubTarget:
         encoder_decoder: Whether sessions take encoder inputs.
         takes_images: Whether sessions take images: decoder-only models whose prompt holds image
             placeholders (LLaVA and its kind).
+        dtype: Of the weights.
+        state_dtype: Of cached keys, tapped states and what ``embed`` and ``head`` return.
+        why_general: Why a model that was offered to :func:`isthmus.decoding.fast.best_target` is
+            run module by module; empty where nobody asked.
 
     Raises:
         UnsupportedModelError: The model cannot be decoded with an unchanged output.
     """
+
+    why_general = ""
 
     def __init__(self, model: Any, *, reach: Reach | None = None) -> None:
         self.model = model
@@ -98,6 +104,7 @@ class HubTarget:
         self.mixed = "full" in self.kinds and "sliding" in self.kinds
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
+        self.state_dtype: torch.dtype = self.dtype
         if "flash" in str(self.config._attn_implementation):
             raise UnsupportedModelError(
                 "flash attention takes no tree mask; load the model with "
@@ -121,7 +128,11 @@ class HubTarget:
         self.max_length: int | None = None if self.recurrent else limit
         self.start_token = getattr(model.generation_config, "decoder_start_token_id", None)
         self.layout, self.vocab_size = self._probe()
+        self._prepare()
         self.reach: Reach = reach or verified_reach(self)
+
+    def _prepare(self) -> None:
+        """Make ready what sessions need, before the first one is opened."""
 
     def session(self, batch: int, **inputs: Any) -> Session:
         """Open a session for ``batch`` rows.
@@ -431,7 +442,7 @@ class SlotSession:
     def __init__(self, target: HubTarget, batch: int, encoded: dict[str, Any]) -> None:
         self.target = target
         self.encoded = encoded
-        self.cache = SlotCache(target.layout, batch, target.dtype, target.device)
+        self.cache = SlotCache(target.layout, batch, target.state_dtype, target.device)
         self._bind()
 
     def _bind(self) -> None:

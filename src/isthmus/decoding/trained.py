@@ -391,13 +391,13 @@ class TrainedDrafter(nn.Module):
                 )
             tensors = load_file(weights)
             settings = cls.settings_type(**_tuples(config["settings"]))
-            drafter = cls(target, settings).to(target.device, target.dtype)
+            drafter = cls(target, settings).to(target.device, target.state_dtype)
             drafter.load_state_dict(tensors)
         except (OSError, SafetensorError, TypeError, RuntimeError) as error:
             first = str(error).strip().splitlines()[0]
             raise BrokenFileError(f"the drafter in {folder} cannot be read ({first})") from error
         drafter.training_record = config.get("training", {})
-        return drafter.to(target.device, target.dtype).eval()
+        return drafter.to(target.device, target.state_dtype).eval()
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

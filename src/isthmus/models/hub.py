@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,6 +72,22 @@ def preferred_dtype(device: str) -> torch.dtype:
             samples.append(time.perf_counter() - start)
         best[dtype] = min(samples)
     return torch.bfloat16 if best[torch.bfloat16] <= best[torch.float32] else torch.float32
+
+
+def is_bfloat16(source: str, device: str) -> bool:
+    """Whether a checkpoint that lies on this machine holds bfloat16 weights and goes to the CPU."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if parse_device(device) != "cpu":
+        return False
+    path = Path(source) / "config.json"
+    try:
+        if not Path(source).exists():
+            path = Path(str(try_to_load_from_cache(source, "config.json")))
+        config = json.loads(path.read_text())
+        return "bfloat16" in (config.get("dtype"), config.get("torch_dtype"))
+    except (OSError, ValueError, AttributeError):
+        return False  # not here, or damaged: loading it says so
 
 
 def parse_device(name: str) -> str:

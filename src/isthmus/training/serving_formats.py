@@ -239,7 +239,7 @@ def _llama(drafter: Any, format: str) -> dict[str, Any]:
     sizes, target = drafter.sizes, drafter.target
     if (
         target.encoder_decoder
-        or drafter.head(torch.zeros(sizes.hidden_size).to(target.dtype)).any()
+        or drafter.head(torch.zeros(sizes.hidden_size).to(target.state_dtype)).any()
     ):
         raise InvalidInputError(
             f"the format {format!r} is for decoder-only targets whose head has no bias"

@@ -27,6 +27,8 @@ PEERS = ("transformers", "transformers prompt lookup", "transformers assisted")
 def reference_model(name: str, draft: str = "", *, dtype: str = "float32") -> Model:
     """A reference model of the workbench, with a draft model if named, on the CPU.
 
+    Claims compare methods, so target and drafters run on the same footing: module by module.
+
     Raises:
         UnknownNameError: No such reference model.
     """
@@ -36,7 +38,7 @@ def reference_model(name: str, draft: str = "", *, dtype: str = "float32") -> Mo
 
     checkpoint = hub(name)
     draft_model = hub(draft).model if draft else None
-    return Model(checkpoint.model, checkpoint.tokenizer, draft_model=draft_model)
+    return Model(checkpoint.model, checkpoint.tokenizer, draft_model=draft_model, fast=False)
 
 
 @dataclass

@@ -72,7 +72,7 @@ def tuned(
         if not (folder / CARD).exists():
             _train(folder, system, settings, recipe, base, parts)
     checkpoint = load_checkpoint(str(folder), dtype="float32", device="cpu")
-    return Model(checkpoint.model, checkpoint.tokenizer)
+    return Model(checkpoint.model, checkpoint.tokenizer, fast=False)
 
 
 def with_placeholder(model: Model) -> Model:
@@ -82,7 +82,7 @@ def with_placeholder(model: Model) -> Model:
     """
     hub = copy.deepcopy(model.target.model)
     add_placeholder(hub)
-    return Model(hub, model.tokenizer)
+    return Model(hub, model.tokenizer, fast=False)
 
 
 def card(model: Model) -> dict[str, Any]:

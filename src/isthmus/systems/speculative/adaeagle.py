@@ -98,7 +98,7 @@ class Adaeagle:
             nn.Linear(width, max(1, width // 4)),
             nn.ReLU(),
             nn.Linear(max(1, width // 4), self.settings.longest),
-        ).to(target.device, target.dtype)
+        ).to(target.device, target.state_dtype)
         self._chance: torch.Tensor | None = None  # of the chain so far, [B]
 
     @classmethod

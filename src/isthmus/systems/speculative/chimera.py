@@ -156,7 +156,7 @@ class Chimera(TrainedDrafter):
     def reset(self, batch: int) -> None:
         """An empty cache and no token before."""
         target = self.target
-        self._cache = DraftCache(self.sizes, 1, batch, target.dtype, target.device)
+        self._cache = DraftCache(self.sizes, 1, batch, target.state_dtype, target.device)
         self._recent = torch.full((batch, 2), -1, device=target.device)
 
     def absorb(self, fresh: Fresh) -> None:

@@ -190,7 +190,7 @@ class Clover2(FeatureHeads):
         super().reset(batch)
         target = self.target
         self._cache = DraftCache(
-            self.sizes, self.settings.layers, batch, target.dtype, target.device
+            self.sizes, self.settings.layers, batch, target.state_dtype, target.device
         )
 
     def absorb(self, fresh: Fresh) -> None:

@@ -209,7 +209,7 @@ class Falcon(TrainedDrafter):
 
     def reset(self, batch: int) -> None:
         """Nothing is known."""
-        device, dtype, s = self.target.device, self.target.dtype, self.settings
+        device, dtype, s = self.target.device, self.target.state_dtype, self.settings
         width = self.sizes.hidden_size
         self._cache = DraftCache(self.sizes, 1, batch, dtype, device)
         zero = torch.zeros(s.layers, batch, width, device=device, dtype=dtype)

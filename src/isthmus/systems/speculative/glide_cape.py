@@ -178,7 +178,7 @@ class GlideCape(TrainedDrafter):
 
     def reset(self, batch: int) -> None:
         """An empty cache of its own."""
-        self._cache = DraftCache(self.sizes, 1, batch, self.target.dtype, self.target.device)
+        self._cache = DraftCache(self.sizes, 1, batch, self.target.state_dtype, self.target.device)
 
     def absorb(self, fresh: Fresh) -> None:
         """Verified tokens; their keys in the target's cache are read where they are."""

@@ -121,7 +121,7 @@ class HydraHeads(FeatureHeads):
         super().reset(batch)
         if self.prefix is not None:
             target = self.target
-            self._cache = DraftCache(self.sizes, 1, batch, target.dtype, target.device)
+            self._cache = DraftCache(self.sizes, 1, batch, target.state_dtype, target.device)
 
     def absorb(self, fresh: Fresh) -> None:
         """Remember the last feature, as the prefix layer sees it where there is one."""

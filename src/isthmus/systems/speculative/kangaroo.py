@@ -106,7 +106,7 @@ class Kangaroo(TrainedDrafter):
 
     def reset(self, batch: int) -> None:
         """An empty cache of the adapter; that of the first layers is the target's own."""
-        self._cache = DraftCache(self.sizes, 1, batch, self.target.dtype, self.target.device)
+        self._cache = DraftCache(self.sizes, 1, batch, self.target.state_dtype, self.target.device)
 
     def absorb(self, fresh: Fresh) -> None:
         """Run the adapter over verified tokens."""

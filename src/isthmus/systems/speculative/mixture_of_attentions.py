@@ -228,9 +228,9 @@ class MixtureOfAttentions(TrainedDrafter):
     def reset(self, batch: int) -> None:
         """Nothing cached, nothing remembered."""
         target, sizes = self.target, self.small
-        self._cache = DraftCache(sizes, 1, batch, target.dtype, target.device)
+        self._cache = DraftCache(sizes, 1, batch, target.state_dtype, target.device)
         shape = LayerShape(sizes.num_key_value_heads, sizes.head_dim, sizes.head_dim)
-        self._memory = Memory(shape, batch, target.dtype, target.device)
+        self._memory = Memory(shape, batch, target.state_dtype, target.device)
 
     def absorb(self, fresh: Fresh) -> None:
         """Remember verified places, read from the target's own cache."""

@@ -222,7 +222,7 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
         folder = scene_models.network(recipe)
         nats[name] = card(folder)["curve"][-1]
         hubs[name] = load_checkpoint(str(folder), dtype="float32", device="cpu").model
-    model = Model(hubs["scenes-target"], scenes.tokenizer())
+    model = Model(hubs["scenes-target"], scenes.tokenizer(), fast=False)
     target, course = model.target, courses["scenes-target"]
     text, adapter = HubTarget(hubs["scenes-text"]), HubTarget(hubs["scenes-adapter"])
     asked = scenes.examples(count)

@@ -239,7 +239,7 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
     results: dict[str, dict[str, Result]] = {}
     same, repeats, measured, answers = 0, 0, {}, [0] * len(nested.EXITS)
     for name, target in targets.items():
-        model = Model(target.model, tokenizer)
+        model = Model(target.model, tokenizer, fast=False)
         plain = answer_together(model, prompts, "none", max_new_tokens=tokens)
         whole = torch.tensor([p + t for p, t in zip(prompts, plain.tokens, strict=True)])
         straight = [r for r in range(count) if not repeats_itself(plain.tokens[r], 4, 2)]

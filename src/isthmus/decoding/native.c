@@ -1,0 +1,551 @@
+/* One forward of a transformer decoder on N nodes: the operations of a program, run in order.
+ *
+ * Weights stay where they are and as they are (float32, bfloat16 or int8 with a scale a row);
+ * arithmetic is float32. Every sum is taken in an order that depends on nothing but what is
+ * summed: not on the number of nodes, nor on the slot that a key sits in. So a token tree, a chain
+ * and single tokens give the same numbers, bit for bit.
+ *
+ * Batch-1 decoding is bound by reading the weights, hence the two rules here: a row of weights is
+ * read once for all nodes, and the next rows are fetched while these are multiplied.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+#ifdef __unix__
+#include <sched.h>
+#endif
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#if defined(__AVX512F__)
+#define LANES 16
+#else
+#define LANES 8
+#endif
+#define VECTOR(n) __attribute__((vector_size(n)))
+typedef float vf VECTOR(LANES * 4);
+typedef int32_t vi VECTOR(LANES * 4);
+typedef uint32_t vu VECTOR(LANES * 4);
+typedef uint16_t vh VECTOR(LANES * 2);
+/* anywhere in memory, whatever lies there */
+typedef vf any_vf __attribute__((aligned(1), may_alias));
+typedef vi any_vi __attribute__((aligned(1), may_alias));
+
+enum { FLOAT32, BFLOAT16, INT8 };
+enum { NONE, SILU, GELU_TANH, GELU, RELU };
+enum { EMBED, NORM, LINEAR, ROTATE, ATTEND, TAP };
+
+struct Pieces;
+
+/* One operation; see program.py, which mirrors this layout field by field. */
+typedef struct {
+  int32_t kind, dtype, activation, layer;
+  int32_t source, target, add, wait;  /* buffers; add to the target; threads meet afterwards */
+  int64_t in_width, out_width;        /* K and O of a LINEAR; widths of rows elsewhere */
+  int64_t stride, offset;             /* of LINEAR's O values in a row of the target */
+  const void *weight, *gate;          /* gate: target = activation(gate x) * (weight x) */
+  const float *scale, *gate_scale;    /* [O] of int8 weights */
+  const void *bias;                   /* [O], in the dtype of activations' parameters below */
+  int32_t bias_dtype, mean;           /* mean: NORM subtracts it (LayerNorm) */
+  float eps, factor;                  /* factor: of scores (ATTEND), of rows (EMBED) */
+  int64_t window;                     /* keys seen, counted from the query; 0 is all */
+} Op;
+
+/* One call: B rows of N nodes on top of what is cached. */
+typedef struct {
+  int64_t batch, nodes, used;         /* used: slots in use in every row */
+  const int64_t *tokens, *positions;  /* [B, N] */
+  const uint8_t *ancestors;           /* [1 or B, N, N], or null for a chain */
+  int64_t ancestor_stride;            /* 0 when all rows are alike */
+  const int32_t *live;                /* [B, used] slots of committed tokens, or null: all */
+  const int64_t *lengths;             /* [B] committed tokens of each row */
+  void *keys, *values;                /* [L, B, H_kv, capacity, D] */
+  int64_t capacity, layer_stride;     /* in slots; in elements */
+  int64_t heads, kv_heads, head_dim, rotary_dim;
+  int32_t cache_dtype, threads;
+  const float *cosines, *sines;       /* [positions, rotary_dim] */
+  float *buffers[8];                  /* [B * N, width] each */
+  float *taps;                        /* [taps, B * N, D], in the order of TAP's layer field */
+  const int32_t *tapped;              /* place of each TAP in taps, or -1 */
+  float *scratch;                     /* [threads, scratch_size] */
+  int64_t scratch_size;
+  struct Pieces *pieces;              /* [operations], zero */
+} Call;
+
+static inline vf load(const float *p) { return *(const any_vf *)p; }
+static inline void store(float *p, vf v) { *(any_vf *)p = v; }
+static inline vf splat(float x) { vf v; for (int i = 0; i < LANES; i++) v[i] = x; return v; }
+
+/* a * b + c, rounded once wherever it stands: left to the compiler it would be at some places only */
+static inline vf fma_(vf a, vf b, vf c) {
+#if LANES == 16
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  for (int i = 0; i < LANES; i++) c[i] = fmaf(a[i], b[i], c[i]);
+  return c;
+#endif
+}
+
+static inline float sum(vf v) {
+  float half[LANES];
+  store(half, v);
+  for (int n = LANES / 2; n; n /= 2)
+    for (int i = 0; i < n; i++) half[i] += half[i + n];
+  return half[0];
+}
+
+static inline vf load_bf16(const uint16_t *p) {
+#if defined(__AVX2__) && LANES == 8  /* gcc converts in two halves */
+  return (vf)(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)) << 16);
+#else
+  vh h; memcpy(&h, p, sizeof h);
+  return (vf)(__builtin_convertvector(h, vu) << 16);
+#endif
+}
+static inline float from_bf16(uint16_t h) {
+  uint32_t u = (uint32_t)h << 16; float f; memcpy(&f, &u, 4); return f;
+}
+static inline uint16_t to_bf16(float f) {  /* to nearest, ties to even */
+  uint32_t u; memcpy(&u, &f, 4);
+  if ((u & 0x7fffffff) > 0x7f800000) return 0x7fc0;
+  return (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+static inline float read_as(const void *p, int64_t i, int dtype) {
+  return dtype == FLOAT32 ? ((const float *)p)[i] : from_bf16(((const uint16_t *)p)[i]);
+}
+
+/* e^x within two units of the last place; x is clamped to where the result is normal. */
+static inline vf expv(vf x) {
+  const vf low = splat(-87.3f), high = splat(88.3f);
+  vi below = x < low, above = x > high;
+  x = (vf)(((vi)low & below) | ((vi)high & above) | ((vi)x & ~(below | above)));
+  const vf magic = splat(12582912.0f);  /* 1.5 * 2^23: adding it rounds to an integer */
+  vf n = (x * 1.44269504f + magic) - magic;
+  vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  vf p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  vi power = (__builtin_convertvector(n, vi) + 127) << 23;
+  return p * (vf)power;
+}
+
+static inline vf activate(vf x, int kind) {
+  if (kind == SILU) return x / (1.0f + expv(-x));
+  if (kind == GELU_TANH) {
+    vf y = 0.7978845608f * (x + 0.044715f * x * x * x);
+    return x / (1.0f + expv(-2.0f * y));  /* (1 + tanh y) / 2 = 1 / (1 + e^-2y) */
+  }
+  if (kind == GELU) {
+    for (int i = 0; i < LANES; i++) x[i] = 0.5f * x[i] * (1.0f + erff(x[i] * 0.70710678f));
+    return x;
+  }
+  if (kind == RELU) return (vf)((vi)x & (vi)(x > 0.0f));
+  return x;
+}
+
+/* ---- products -------------------------------------------------------------------------------
+ *
+ * A 32-bit lane holds one float32, two bfloat16 or four int8 weights, and comes apart with a shift
+ * and no shuffle: first the lowest part of every lane, then the next. So x is dealt out beforehand
+ * into the same order: part p of a block of LANES * P values holds those at p, p + P, p + 2P ...
+ */
+
+static const int64_t PARTS[] = {1, 2, 4};
+static const int64_t SIZES[] = {4, 2, 1};
+
+static inline vf part_f32(vi w, int p) { (void)p; return (vf)w; }
+static inline vf part_bf16(vi w, int p) { return (vf)(p ? w & (int32_t)0xffff0000 : w << 16); }
+static inline vf part_i8(vi w, int p) { return __builtin_convertvector(w << (24 - 8 * p) >> 24, vf); }
+
+static void deal(const float *x, int64_t K, int64_t parts, float *out) {
+  for (int64_t k = 0; k < K; k += LANES * parts)
+    for (int64_t p = 0; p < parts; p++)
+      for (int64_t i = 0; i < LANES; i++) out[k + p * LANES + i] = x[k + i * parts + p];
+}
+
+/* y [C, R] = x [C, K] times R rows of weights; the rows that come `ahead` are fetched meanwhile. */
+#define UNROLL _Pragma("GCC unroll 8")
+
+#define BLOCK(NAME, PART, P, R, C)                                                           \
+  static inline void NAME##_##R##x##C(const float *x, int64_t K, const char *w, float *y,    \
+                                      int64_t ys, int64_t ahead) {                           \
+    const int64_t row = K * 4 / P;                                                           \
+    vf a[R][C];                                                                              \
+    UNROLL for (int r = 0; r < R; r++)                                                       \
+      UNROLL for (int c = 0; c < C; c++) a[r][c] = splat(0.0f);                              \
+    for (int64_t k = 0; k < row; k += LANES * 4) {                                           \
+      vi packed[R];                                                                          \
+      UNROLL for (int r = 0; r < R; r++) packed[r] = *(const any_vi *)(w + r * row + k);     \
+      if (ahead)                                                                             \
+        UNROLL for (int r = 0; r < R; r++) __builtin_prefetch(w + r * row + k + ahead);      \
+      UNROLL for (int p = 0; p < P; p++) {                                                   \
+        vf part[R];                                                                          \
+        UNROLL for (int r = 0; r < R; r++) part[r] = PART(packed[r], p);                     \
+        UNROLL for (int c = 0; c < C; c++) {                                                 \
+          vf xv = load(x + c * K + k / 4 * P + p * LANES);                                   \
+          UNROLL for (int r = 0; r < R; r++) a[r][c] = fma_(part[r], xv, a[r][c]);           \
+        }                                                                                    \
+      }                                                                                      \
+    }                                                                                        \
+    UNROLL for (int c = 0; c < C; c++)                                                       \
+      UNROLL for (int r = 0; r < R; r++) y[c * ys + r] = sum(a[r][c]);                       \
+  }
+
+#define COLUMNS(NAME, C, R)                                                                  \
+  for (; n + C <= N; n += C) {                                                               \
+    int64_t r = 0;                                                                           \
+    if (n == 0)                                                                              \
+      for (; r + R <= rows; r += R)                                                          \
+        NAME##_##R##x##C(x + n * K, K, w + r * row, y + n * ys + r, ys, R * row);            \
+    for (; r + R <= rows; r += R)                                                            \
+      NAME##_##R##x##C(x + n * K, K, w + r * row, y + n * ys + r, ys, 0);                    \
+    for (; r < rows; r++) NAME##_1x##C(x + n * K, K, w + r * row, y + n * ys + r, ys, 0);    \
+  }
+
+#define PRODUCT(NAME, PART, P)                                                               \
+  BLOCK(NAME, PART, P, 2, 6) BLOCK(NAME, PART, P, 1, 6)                                      \
+  BLOCK(NAME, PART, P, 2, 4) BLOCK(NAME, PART, P, 1, 4)                                      \
+  BLOCK(NAME, PART, P, 4, 2) BLOCK(NAME, PART, P, 1, 2)                                      \
+  BLOCK(NAME, PART, P, 4, 1) BLOCK(NAME, PART, P, 1, 1)                                      \
+  static void NAME(const float *x, int64_t K, int64_t N, const char *w, int64_t rows,        \
+                   float *y, int64_t ys) {                                                   \
+    const int64_t row = K * 4 / P;                                                           \
+    int64_t n = 0;                                                                           \
+    if (N != 8) COLUMNS(NAME, 6, 2)                                                          \
+    COLUMNS(NAME, 4, 2) COLUMNS(NAME, 2, 4) COLUMNS(NAME, 1, 4)                              \
+  }
+
+PRODUCT(product_f32, part_f32, 1)
+PRODUCT(product_bf16, part_bf16, 2)
+PRODUCT(product_i8, part_i8, 4)
+
+enum { TILE = 64, CHUNK = 96 };
+
+/* y [N, rows] (stride ys) = x [N, K] times rows of a weight matrix; scratch holds TILE x K. */
+static void multiply(const float *x, int64_t K, int64_t N, const void *weight, int dtype,
+                     const float *scale, int64_t first, int64_t rows, float *y, int64_t ys,
+                     float *scratch) {
+  const char *w = (const char *)weight + first * K * SIZES[dtype];
+  for (int64_t n = 0; n < N; n += TILE) {
+    int64_t count = N - n < TILE ? N - n : TILE;
+    const float *tile = x + n * K;
+    if (dtype != FLOAT32) {
+      for (int64_t c = 0; c < count; c++) deal(tile + c * K, K, PARTS[dtype], scratch + c * K);
+      tile = scratch;
+    }
+    if (dtype == FLOAT32) product_f32(tile, K, count, w, rows, y + n * ys, ys);
+    if (dtype == BFLOAT16) product_bf16(tile, K, count, w, rows, y + n * ys, ys);
+    if (dtype == INT8) product_i8(tile, K, count, w, rows, y + n * ys, ys);
+  }
+  if (scale)
+    for (int64_t n = 0; n < N; n++)
+      for (int64_t r = 0; r < rows; r++) y[n * ys + r] *= scale[first + r];
+}
+
+/* ---- operations ---------------------------------------------------------------------------- */
+
+/* Pieces of one operation: how many have been handed out and how many are finished. Threads take
+ * pieces and wait for pieces, never for each other: one that the system has put aside holds up
+ * nobody unless it has a piece in its hands. */
+typedef struct Pieces { int32_t taken, done, apart[14]; } Pieces;
+
+static inline int64_t take(Pieces *pieces) {
+  return __atomic_fetch_add(&pieces->taken, 1, __ATOMIC_RELAXED);
+}
+static inline void finish(Pieces *pieces) {
+  __atomic_fetch_add(&pieces->done, 1, __ATOMIC_RELEASE);
+}
+static inline void wait_for(Pieces *pieces, int64_t count) {
+  for (int64_t tries = 0; __atomic_load_n(&pieces->done, __ATOMIC_ACQUIRE) < count; tries++) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+#ifdef __unix__
+    if (tries > 4000) sched_yield();  /* the holder may want this very core */
+#endif
+  }
+}
+
+static int64_t embed(const Op *op, const Call *call, Pieces *pieces) {
+  int64_t rows = call->batch * call->nodes, D = op->out_width;
+  for (int64_t n; (n = take(pieces)) < rows; finish(pieces))
+    for (int64_t d = 0; d < D; d++)
+      call->buffers[op->target][n * D + d] =
+          op->factor * read_as(op->weight, call->tokens[n] * D + d, op->dtype);
+  return rows;
+}
+
+static void normalize(const float *x, float *y, int64_t D, const Op *op, const void *weight) {
+  float mean = 0.0f;
+  if (op->mean) {
+    vf total = splat(0.0f);
+    for (int64_t d = 0; d < D; d += LANES) total += load(x + d);
+    mean = sum(total) / D;
+  }
+  vf squares = splat(0.0f);
+  for (int64_t d = 0; d < D; d += LANES) {
+    vf v = load(x + d) - mean;
+    squares += v * v;
+  }
+  float inverse = 1.0f / sqrtf(sum(squares) / D + op->eps);
+  for (int64_t d = 0; d < D; d++) {
+    float v = (x[d] - mean) * inverse;
+    if (weight) v *= op->factor + read_as(weight, d, op->dtype);
+    if (op->bias) v += read_as(op->bias, d, op->bias_dtype);
+    y[d] = v;
+  }
+}
+
+static int64_t norm(const Op *op, const Call *call, Pieces *pieces) {
+  int64_t rows = call->batch * call->nodes, D = op->in_width;
+  for (int64_t n; (n = take(pieces)) < rows; finish(pieces))
+    normalize(call->buffers[op->source] + n * D, call->buffers[op->target] + n * D, D, op,
+              op->weight);
+  return rows;
+}
+
+static int64_t linear(const Op *op, const Call *call, Pieces *pieces, float *scratch) {
+  int64_t N = call->batch * call->nodes, K = op->in_width, O = op->out_width;
+  /* rows of one piece: whole vectors, some pieces for every thread, and they fit a cache */
+  int64_t size = O / (call->threads * 4), most = 262144 / (K * SIZES[op->dtype]);
+  size = (size < most ? size : most) / LANES * LANES;
+  size = size < LANES ? LANES : size > CHUNK ? CHUNK : size;
+  const float *x = call->buffers[op->source];
+  float *y = call->buffers[op->target] + op->offset, *out = scratch, *more = out + N * size;
+  float *tile = more + N * size;
+  for (int64_t first; (first = take(pieces) * size) < O; finish(pieces)) {
+    int64_t rows = O - first < size ? O - first : size;
+    multiply(x, K, N, op->weight, op->dtype, op->scale, first, rows, out, size, tile);
+    if (op->gate)
+      multiply(x, K, N, op->gate, op->dtype, op->gate_scale, first, rows, more, size, tile);
+    for (int64_t n = 0; n < N; n++) {
+      float *from = out + n * size, *gate = more + n * size, *to = y + n * op->stride + first;
+      if (op->bias)
+        for (int64_t r = 0; r < rows; r++) from[r] += read_as(op->bias, first + r, op->bias_dtype);
+      if (op->gate)  /* whole vectors: a row of the scratch has room for them */
+        for (int64_t r = 0; r < rows; r += LANES)
+          store(from + r, load(from + r) * activate(load(gate + r), op->activation));
+      else if (op->activation)
+        for (int64_t r = 0; r < rows; r += LANES)
+          store(from + r, activate(load(from + r), op->activation));
+      if (op->add)
+        for (int64_t r = 0; r < rows; r++) to[r] += from[r];
+      else
+        memcpy(to, from, rows * sizeof(float));
+    }
+  }
+  return (O + size - 1) / size;
+}
+
+static inline void put(void *cache, int64_t i, const float *row, int64_t D, int dtype) {
+  if (dtype == FLOAT32) { memcpy((float *)cache + i, row, D * sizeof(float)); return; }
+  for (int64_t d = 0; d < D; d++) ((uint16_t *)cache)[i + d] = to_bf16(row[d]);
+}
+
+/* Rotate queries and keys to their positions and write keys and values into the cache. The source
+ * buffer holds [queries | keys | values] of each node; queries stay in it. */
+static int64_t rotate(const Op *op, const Call *call, Pieces *pieces) {
+  int64_t H = call->heads, G = call->kv_heads, D = call->head_dim, R = call->rotary_dim;
+  int64_t width = (H + 2 * G) * D, rows = call->batch * call->nodes;
+  for (int64_t n; (n = take(pieces)) < rows; finish(pieces)) {
+    float *row = call->buffers[op->source] + n * width;
+    const float *c = call->cosines + call->positions[n] * R;
+    const float *s = call->sines + call->positions[n] * R;
+    for (int64_t h = 0; h < H + G; h++) {
+      float *v = row + h * D;
+      const void *weight = h < H ? op->weight : op->gate;
+      if (weight) normalize(v, v, D, op, weight);
+      for (int64_t d = 0; d < R / 2; d++) {
+        float a = v[d], b = v[d + R / 2];
+        v[d] = a * c[d] - b * s[d];
+        v[d + R / 2] = b * c[d + R / 2] + a * s[d + R / 2];
+      }
+    }
+    int64_t b = n / call->nodes, slot = call->used + n % call->nodes;
+    for (int64_t g = 0; g < G; g++) {
+      int64_t at = op->layer * call->layer_stride + ((b * G + g) * call->capacity + slot) * D;
+      put(call->keys, at, row + (H + g) * D, D, call->cache_dtype);
+      put(call->values, at, row + (H + G + g) * D, D, call->cache_dtype);
+    }
+  }
+  return rows;
+}
+
+enum { QUERIES = 4 };
+
+static inline vf load_cache(const void *p, int64_t i, int dtype) {
+  return dtype == FLOAT32 ? load((const float *)p + i) : load_bf16((const uint16_t *)p + i);
+}
+
+static inline float dot(const float *q, const void *keys, int64_t at, int64_t D, int dtype) {
+  vf a = splat(0.0f);
+  for (int64_t d = 0; d < D; d += LANES) a = fma_(load(q + d), load_cache(keys, at + d, dtype), a);
+  return sum(a);
+}
+
+/* Weights of the values that one query sees, in place: softmax over count scores. */
+static void soften(float *scores, int64_t count, float factor) {
+  float top = -INFINITY;
+  for (int64_t t = 0; t < count; t++) top = scores[t] > top ? scores[t] : top;
+  vf total = splat(0.0f);
+  int64_t t = 0;
+  for (; t + LANES <= count; t += LANES) {
+    vf e = expv((load(scores + t) - top) * factor);
+    store(scores + t, e);
+    total += e;
+  }
+  if (t < count) {
+    float rest[LANES];
+    for (int i = 0; i < LANES; i++) rest[i] = t + i < count ? (scores[t + i] - top) * factor : -INFINITY;
+    vf e = expv(load(rest));
+    for (int i = 0; i < LANES; i++) if (t + i >= count) e[i] = 0.0f;
+    store(rest, e);
+    memcpy(scores + t, rest, (count - t) * sizeof(float));
+    total += e;
+  }
+  float inverse = 1.0f / sum(total);
+  for (t = 0; t < count; t++) scores[t] *= inverse;
+}
+
+/* Attention of a block of queries that share a key head: nodes x query heads of the group. A query
+ * sees the committed tokens of its row, then its ancestors, in the order of their positions. */
+static void attend_block(const Op *op, const Call *call, int64_t b, int64_t g, int64_t first,
+                         int64_t count, float *scratch, int dtype) {
+  int64_t H = call->heads, G = call->kv_heads, D = call->head_dim, N = call->nodes;
+  int64_t group = H / G, width = (H + 2 * G) * D, past = call->lengths[b];
+  int64_t base = op->layer * call->layer_stride + (b * G + g) * call->capacity * D;
+  const int32_t *live = call->live ? call->live + b * call->used : 0;
+  const uint8_t *seen = call->ancestors ? call->ancestors + b * call->ancestor_stride : 0;
+  const float *q[QUERIES];
+  float *p[QUERIES], *out[QUERIES];
+  int64_t node[QUERIES], low[QUERIES], lowest = past, stride = (past + N + LANES) / LANES * LANES;
+  for (int64_t i = 0; i < count; i++) {
+    int64_t n = (first + i) / group, h = g * group + (first + i) % group;
+    node[i] = n;
+    q[i] = call->buffers[op->source] + (b * N + n) * width + h * D;
+    out[i] = call->buffers[op->target] + ((b * N + n) * H + h) * D;
+    p[i] = scratch + i * stride;
+    int64_t from = op->window ? call->positions[b * N + n] - op->window + 1 : 0;
+    low[i] = from < 0 ? 0 : from > past ? past : from;
+    lowest = low[i] < lowest ? low[i] : lowest;
+  }
+  for (int64_t t = lowest; t < past; t++) {
+    int64_t at = base + (live ? live[t] : t) * D;
+    vf a[QUERIES];
+    for (int i = 0; i < QUERIES; i++) a[i] = splat(0.0f);
+    if (count == QUERIES) {
+      for (int64_t d = 0; d < D; d += LANES) {
+        vf k = load_cache(call->keys, at + d, dtype);
+        for (int i = 0; i < QUERIES; i++) a[i] = fma_(load(q[i] + d), k, a[i]);
+      }
+      for (int i = 0; i < QUERIES; i++) p[i][t] = sum(a[i]);
+    } else {
+      for (int64_t i = 0; i < count; i++) p[i][t] = dot(q[i], call->keys, at, D, dtype);
+    }
+  }
+  for (int64_t i = 0; i < count; i++) {
+    int64_t n = past, place = call->positions[b * N + node[i]];
+    const uint8_t *mine = seen ? seen + node[i] * N : 0;
+    for (int64_t j = 0; j <= node[i]; j++) {
+      if (mine && !mine[j]) continue;
+      if (op->window && place - call->positions[b * N + j] >= op->window) continue;
+      p[i][n++] = dot(q[i], call->keys, base + (call->used + j) * D, D, dtype);
+    }
+    soften(p[i] + low[i], n - low[i], op->factor);
+    for (int64_t t = lowest; t < low[i]; t++) p[i][t] = 0.0f;
+  }
+  for (int64_t d = 0; d < D; d += LANES) {
+    vf a[QUERIES];
+    for (int i = 0; i < QUERIES; i++) a[i] = splat(0.0f);
+    for (int64_t t = lowest; t < past; t++) {
+      vf v = load_cache(call->values, base + (live ? live[t] : t) * D + d, dtype);
+      if (count == QUERIES)
+        for (int i = 0; i < QUERIES; i++) a[i] = fma_(splat(p[i][t]), v, a[i]);
+      else
+        for (int64_t i = 0; i < count; i++) a[i] = fma_(splat(p[i][t]), v, a[i]);
+    }
+    for (int64_t i = 0; i < count; i++) {
+      int64_t n = past, place = call->positions[b * N + node[i]];
+      const uint8_t *mine = seen ? seen + node[i] * N : 0;
+      for (int64_t j = 0; j <= node[i]; j++) {
+        if (mine && !mine[j]) continue;
+        if (op->window && place - call->positions[b * N + j] >= op->window) continue;
+        vf v = load_cache(call->values, base + (call->used + j) * D + d, dtype);
+        a[i] = fma_(splat(p[i][n++]), v, a[i]);
+      }
+      store(out[i] + d, a[i]);
+    }
+  }
+}
+
+static int64_t attend(const Op *op, const Call *call, Pieces *pieces, float *scratch) {
+  int64_t all = call->nodes * (call->heads / call->kv_heads);
+  int64_t blocks = (all + QUERIES - 1) / QUERIES, rows = call->batch * call->kv_heads;
+  for (int64_t task; (task = take(pieces)) < rows * blocks; finish(pieces)) {
+    int64_t row = task / blocks, first = task % blocks * QUERIES;
+    int64_t count = all - first < QUERIES ? all - first : QUERIES;
+    int64_t b = row / call->kv_heads, g = row % call->kv_heads;
+    if (call->cache_dtype == FLOAT32)
+      attend_block(op, call, b, g, first, count, scratch, FLOAT32);
+    else
+      attend_block(op, call, b, g, first, count, scratch, BFLOAT16);
+  }
+  return rows * blocks;
+}
+
+static int64_t tap(const Op *op, const Call *call, Pieces *pieces) {
+  int64_t rows = call->batch * call->nodes, D = op->in_width;
+  if (!call->taps || call->tapped[op->layer] < 0) return 0;
+  if (!take(pieces)) {
+    memcpy(call->taps + call->tapped[op->layer] * rows * D, call->buffers[op->source],
+           rows * D * sizeof(float));
+    finish(pieces);
+  }
+  return 1;
+}
+
+static void run(const Op *ops, int64_t count, const Call *call, int thread) {
+  float *scratch = call->scratch + thread * call->scratch_size;
+  int64_t open = 0, expected[8];  /* operations since the last wait */
+  for (int64_t i = 0; i < count; i++) {
+    const Op *op = ops + i;
+    Pieces *pieces = call->pieces + i;
+    int64_t all = 0;
+    switch (op->kind) {
+      case EMBED: all = embed(op, call, pieces); break;
+      case NORM: all = norm(op, call, pieces); break;
+      case LINEAR: all = linear(op, call, pieces, scratch); break;
+      case ROTATE: all = rotate(op, call, pieces); break;
+      case ATTEND: all = attend(op, call, pieces, scratch); break;
+      case TAP: all = tap(op, call, pieces); break;
+    }
+    expected[open++] = all;
+    if (!op->wait && open < 8 && i + 1 < count) continue;
+    for (int64_t j = 0; j < open; j++) wait_for(pieces - j, expected[open - 1 - j]);
+    open = 0;
+  }
+}
+
+void isthmus_forward(const Op *ops, int64_t count, const Call *call) {
+#ifdef _OPENMP
+#pragma omp parallel num_threads(call->threads)
+  run(ops, count, call, omp_get_thread_num());
+#else
+  run(ops, count, call, 0);
+#endif
+}
+
+/* What the caller has to agree on: lanes of a vector, sizes of the two structures. */
+int64_t isthmus_lanes(void) { return LANES; }
+int64_t isthmus_op_size(void) { return sizeof(Op); }
+int64_t isthmus_call_size(void) { return sizeof(Call); }

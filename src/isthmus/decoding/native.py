@@ -1,0 +1,242 @@
+"""The kernel of :mod:`isthmus.decoding.fast`: ``native.c``, compiled for this machine on first use.
+
+The library is kept in the user's cache folder, one for each source, compiler and processor. A
+machine without a C compiler has none, and everything works without it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from isthmus.decoding.program import DTYPES, LOGITS, NORMED, Op, Program
+from isthmus.errors import UnsupportedModelError
+from isthmus.folders import kept
+
+SOURCE = Path(__file__).with_suffix(".c")
+
+TILE, CHUNK, QUERIES = 64, 96, 4
+"""Nodes, rows of weights and queries of one piece of work that ``native.c`` has scratch for."""
+
+
+PARTS = (1, 2, 4)
+"""Weights in 32 bits, by dtype."""
+
+
+class Call(ctypes.Structure):
+    """Arguments of one forward, in the layout of ``native.c``."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("batch", "nodes", "used")),
+        *((name, ctypes.c_void_p) for name in ("tokens", "positions", "ancestors")),
+        ("ancestor_stride", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("live", "lengths", "keys", "values")),
+        *((name, ctypes.c_int64) for name in ("capacity", "layer_stride")),
+        *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "head_dim", "rotary_dim")),
+        *((name, ctypes.c_int32) for name in ("cache_dtype", "threads")),
+        *((name, ctypes.c_void_p) for name in ("cosines", "sines")),
+        ("buffers", ctypes.c_void_p * 8),
+        *((name, ctypes.c_void_p) for name in ("taps", "tapped", "scratch")),
+        ("scratch_size", ctypes.c_int64),
+        ("pieces", ctypes.c_void_p),
+    )
+
+
+@functools.cache
+def library() -> Any:
+    """The compiled kernel.
+
+    Raises:
+        UnsupportedModelError: There is no compiler, or it cannot compile the kernel.
+    """
+    compiler = shutil.which(os.environ.get("CC", "")) or shutil.which("cc") or shutil.which("gcc")
+    compiler = compiler or shutil.which("clang")
+    if compiler is None:
+        raise UnsupportedModelError("there is no C compiler; install gcc or clang")
+    tune = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+    flags = ["-O3", tune, "-ffp-contract=off", "-fPIC", "-shared"]
+    version = _output([compiler, "--version"])
+    with kept("native", "decoder", [SOURCE.read_text(), version, flags, _processor()]) as place:
+        path = place.with_suffix(".so")
+        if not path.exists():
+            part = path.with_suffix(".part")
+            command = [compiler, *flags, str(SOURCE), "-o", str(part), "-lm"]
+            if _output([*command, "-fopenmp"], check=False) is None:
+                _output(command)  # one thread, where the compiler has no OpenMP
+            part.replace(path)
+    found = ctypes.CDLL(str(path))
+    if found.isthmus_op_size() != ctypes.sizeof(Op) or found.isthmus_call_size() != ctypes.sizeof(
+        Call
+    ):
+        raise UnsupportedModelError("the compiled kernel has another layout than its caller")
+    found.isthmus_forward.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
+    found.isthmus_forward.restype = None
+    return found
+
+
+def _output(command: list[str], *, check: bool = True) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UnsupportedModelError(f"the C compiler {command[0]!r} does not run") from error
+    if done.returncode == 0:
+        return done.stdout
+    if not check:
+        return None
+    lines = done.stderr.strip().splitlines() or ["no message"]
+    raise UnsupportedModelError(f"the C compiler {command[0]!r} failed: {lines[0]}")
+
+
+def _processor() -> list[str]:
+    """What ``native`` means here: the name of the processor and what it can do."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return [platform.machine(), platform.processor()]
+    wanted = ("model name", "flags", "Features", "CPU part")
+    return sorted({line for line in lines if line.startswith(wanted)})
+
+
+class Kernel:
+    """Runs a program; owns the buffers between its operations.
+
+    Args:
+        program: What to run.
+
+    Raises:
+        UnsupportedModelError: No kernel here, or widths that it cannot take.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.library, self.program = library(), program
+        lanes = self.library.isthmus_lanes()
+        narrow = {op.in_width % (lanes * PARTS[op.dtype]) for op in program.ops} | {
+            program.head_dim % lanes
+        }
+        if narrow != {0}:
+            raise UnsupportedModelError(f"its widths are not multiples of {lanes} values")
+        self.ops = (Op * len(program.ops))(*program.ops)
+        self.pieces = torch.zeros(len(program.ops), 16, dtype=torch.int32)
+        self.widest = max(op.in_width for op in program.ops)
+        self.rows = self.slots = 0
+        self.call = Call()
+        self.cosines = self.sines = torch.empty(0)
+
+    def reserve(self, rows: int, slots: int) -> None:
+        """Make room for ``rows`` nodes over all rows of a batch, each seeing ``slots`` keys."""
+        call, program = self.call, self.program
+        threads = torch.get_num_threads()
+        if rows > self.rows or slots > self.slots or threads != call.threads:
+            self.rows, self.slots = max(rows, self.rows), max(slots, self.slots)
+            self.buffers = [torch.empty(self.rows, width) for width in program.widths]
+            size = max(
+                2 * self.rows * CHUNK + min(TILE, self.rows) * self.widest,
+                QUERIES * (self.slots + self.rows + 16),
+            )
+            self.scratch = torch.empty(threads, size)
+            call.threads, call.scratch_size = threads, size
+            call.scratch = self.scratch.data_ptr()
+            call.heads, call.kv_heads = program.heads, program.kv_heads
+            call.head_dim = program.head_dim
+            call.pieces = self.pieces.data_ptr()
+            for i, buffer in enumerate(self.buffers):
+                call.buffers[i] = buffer.data_ptr()
+
+    def rotate(self, positions: int) -> None:
+        """Make room for cosines and sines of that many positions."""
+        if positions <= len(self.cosines):
+            return
+        with torch.no_grad():
+            places = torch.arange(max(512, positions * 3 // 2))[None]
+            cosines, sines = self.program.rotary(torch.empty(1, 1, 1), places)
+        self.cosines, self.sines = cosines[0].contiguous(), sines[0].contiguous()
+        self.call.cosines, self.call.sines = self.cosines.data_ptr(), self.sines.data_ptr()
+        self.call.rotary_dim = self.cosines.shape[1]
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits float32 [..., V] of states after the last norm [..., D]."""
+        states = hidden.reshape(-1, hidden.shape[-1]).float().contiguous()
+        out = torch.empty(len(states), self.program.vocab_size)
+        call = self.call
+        self.reserve(len(states), 0)
+        call.batch, call.nodes = 1, len(states)
+        call.buffers[NORMED], call.buffers[LOGITS] = states.data_ptr(), out.data_ptr()
+        self._run(len(self.ops) - 1, len(self.ops))
+        call.buffers[NORMED] = self.buffers[NORMED].data_ptr()
+        return out.reshape(*hidden.shape[:-1], -1)
+
+    def _run(self, first: int, last: int) -> None:
+        self.pieces.zero_()
+        start = ctypes.addressof(self.ops) + first * ctypes.sizeof(Op)
+        self.library.isthmus_forward(start, last - first, ctypes.addressof(self.call))
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        *,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        used: int,
+        lengths: torch.Tensor,
+        live: torch.Tensor | None = None,
+        ancestors: torch.Tensor | None = None,
+        tapped: tuple[int, ...] = (),
+        logits: bool = True,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Run the program on N nodes of B rows and write their keys and values.
+
+        Args:
+            tokens: int64 [B, N].
+            positions: int64 [B, N].
+            keys: Cache of all layers [L, B, H_kv, capacity, D], float32 or bfloat16.
+            values: Likewise.
+            used: Slots in use in every row; the nodes are written behind them.
+            lengths: Committed tokens of each row, int64 [B].
+            live: Slots of the committed tokens in the order of their positions, int32 [B, used],
+                or None when token t of every row is in slot t.
+            ancestors: Nodes that each node sees, bool [1 or B, N, N]; None is a chain.
+            tapped: States to return: layers 0 to L, and L + 1 for the state after the last norm.
+            logits: Whether to compute logits.
+
+        Returns:
+            Logits [B, N, V] float32 and tapped states [taps, B, N, D] float32, None where not
+            wanted.
+        """
+        batch, nodes = tokens.shape
+        call, program = self.call, self.program
+        self.reserve(batch * nodes, used + nodes)
+        self.rotate(int(positions.max()) + 1)
+        tokens, positions = tokens.contiguous(), positions.contiguous()
+        call.batch, call.nodes, call.used = batch, nodes, used
+        call.tokens, call.positions = tokens.data_ptr(), positions.data_ptr()
+        call.ancestors = call.live = call.taps = None
+        if ancestors is not None:
+            ancestors = ancestors.contiguous()
+            call.ancestors = ancestors.data_ptr()
+            call.ancestor_stride = nodes * nodes if len(ancestors) > 1 else 0
+        if live is not None:
+            call.live = live.data_ptr()
+        call.lengths = lengths.data_ptr()
+        call.keys, call.values = keys.data_ptr(), values.data_ptr()
+        call.capacity, call.layer_stride = keys.shape[3], keys.stride(0)
+        call.cache_dtype = DTYPES[keys.dtype]
+        states = out = None
+        if tapped:
+            places = torch.full((program.layers + 2,), -1, dtype=torch.int32)
+            places[list(tapped)] = torch.arange(len(tapped), dtype=torch.int32)
+            states = torch.empty(len(tapped), batch, nodes, program.hidden_size)
+            call.taps, call.tapped = states.data_ptr(), places.data_ptr()
+        if logits:
+            out = torch.empty(batch, nodes, program.vocab_size)
+            call.buffers[LOGITS] = out.data_ptr()
+        self._run(0, len(self.ops) - (not logits))
+        return out, states
