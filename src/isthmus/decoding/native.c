@@ -92,12 +92,33 @@ static inline vf fma_(vf a, vf b, vf c) {
 #endif
 }
 
+typedef float v4 VECTOR(16);
+
+/* Lanes i, i + 4, i + 8 ... added up. */
+static inline v4 fold(vf v) {
+#if LANES == 16
+  typedef float v8 VECTOR(32);
+  v8 w = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+         __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+  vf w = v;
+#endif
+  return __builtin_shufflevector(w, w, 0, 1, 2, 3) + __builtin_shufflevector(w, w, 4, 5, 6, 7);
+}
+
 static inline float sum(vf v) {
-  float half[LANES];
-  store(half, v);
-  for (int n = LANES / 2; n; n /= 2)
-    for (int i = 0; i < n; i++) half[i] += half[i + n];
-  return half[0];
+  v4 h = fold(v);
+  return (h[0] + h[2]) + (h[1] + h[3]);
+}
+
+/* The sums of four vectors, each in the order of sum(). */
+static inline v4 sums(vf a, vf b, vf c, vf d) {
+  v4 h = fold(a), i = fold(b), j = fold(c), k = fold(d);
+  v4 p = __builtin_shufflevector(h, i, 0, 4, 1, 5), q = __builtin_shufflevector(j, k, 0, 4, 1, 5);
+  v4 r = __builtin_shufflevector(h, i, 2, 6, 3, 7), s = __builtin_shufflevector(j, k, 2, 6, 3, 7);
+  v4 first = __builtin_shufflevector(p, q, 0, 1, 4, 5), second = __builtin_shufflevector(p, q, 2, 3, 6, 7);
+  v4 third = __builtin_shufflevector(r, s, 0, 1, 4, 5), fourth = __builtin_shufflevector(r, s, 2, 3, 6, 7);
+  return (first + third) + (second + fourth);
 }
 
 static inline vf load_bf16(const uint16_t *p) {
@@ -197,8 +218,16 @@ static void deal(const float *x, int64_t K, int64_t parts, float *out) {
         }                                                                                    \
       }                                                                                      \
     }                                                                                        \
-    UNROLL for (int c = 0; c < C; c++)                                                       \
-      UNROLL for (int r = 0; r < R; r++) y[c * ys + r] = sum(a[r][c]);                       \
+    if (R * C % 4 == 0) {                                                                    \
+      UNROLL for (int i = 0; i < R * C; i += 4) {                                            \
+        v4 h = sums(a[i % R][i / R], a[(i + 1) % R][(i + 1) / R], a[(i + 2) % R][(i + 2) / R], \
+                    a[(i + 3) % R][(i + 3) / R]);                                            \
+        UNROLL for (int j = 0; j < 4; j++) y[(i + j) / R * ys + (i + j) % R] = h[j];         \
+      }                                                                                      \
+    } else {                                                                                 \
+      UNROLL for (int c = 0; c < C; c++)                                                     \
+        UNROLL for (int r = 0; r < R; r++) y[c * ys + r] = sum(a[r][c]);                     \
+    }                                                                                        \
   }
 
 #define COLUMNS(NAME, C, R)                                                                  \
@@ -381,24 +410,28 @@ static int64_t rotate(const Op *op, const Call *call, Pieces *pieces) {
   return rows;
 }
 
-enum { QUERIES = 4 };
+enum { QUERIES = 4, SLOTS = 64 };
 
 static inline vf load_cache(const void *p, int64_t i, int dtype) {
   return dtype == FLOAT32 ? load((const float *)p + i) : load_bf16((const uint16_t *)p + i);
 }
 
-static inline float dot(const float *q, const void *keys, int64_t at, int64_t D, int dtype) {
-  vf a = splat(0.0f);
-  for (int64_t d = 0; d < D; d += LANES) a = fma_(load(q + d), load_cache(keys, at + d, dtype), a);
-  return sum(a);
-}
-
 /* Weights of the values that one query sees, in place: softmax over count scores. */
 static void soften(float *scores, int64_t count, float factor) {
   float top = -INFINITY;
-  for (int64_t t = 0; t < count; t++) top = scores[t] > top ? scores[t] : top;
-  vf total = splat(0.0f);
   int64_t t = 0;
+  if (count >= LANES) {
+    vf most = load(scores);
+    for (t = LANES; t + LANES <= count; t += LANES) {
+      vf v = load(scores + t);
+      vi larger = v > most;
+      most = (vf)(((vi)v & larger) | ((vi)most & ~larger));
+    }
+    for (int i = 0; i < LANES; i++) top = most[i] > top ? most[i] : top;
+  }
+  for (; t < count; t++) top = scores[t] > top ? scores[t] : top;
+  vf total = splat(0.0f);
+  t = 0;
   for (; t + LANES <= count; t += LANES) {
     vf e = expv((load(scores + t) - top) * factor);
     store(scores + t, e);
@@ -417,75 +450,91 @@ static void soften(float *scores, int64_t count, float factor) {
   for (t = 0; t < count; t++) scores[t] *= inverse;
 }
 
+/* Scores of one key for a block of queries. */
+static inline v4 score(const float *const *q, const void *keys, int64_t at, int64_t D, int dtype) {
+  vf a[QUERIES];
+  for (int i = 0; i < QUERIES; i++) a[i] = splat(0.0f);
+  for (int64_t d = 0; d < D; d += LANES) {
+    vf k = load_cache(keys, at + d, dtype);
+    for (int i = 0; i < QUERIES; i++) a[i] = fma_(load(q[i] + d), k, a[i]);
+  }
+  return sums(a[0], a[1], a[2], a[3]);
+}
+
 /* Attention of a block of queries that share a key head: nodes x query heads of the group. A query
  * sees the committed tokens of its row, then its ancestors, in the order of their positions. */
-static void attend_block(const Op *op, const Call *call, int64_t b, int64_t g, int64_t first,
-                         int64_t count, float *scratch, int dtype) {
+static inline void attend_block(const Op *op, const Call *call, int64_t b, int64_t g, int64_t first,
+                                int64_t count, float *scratch, int dtype) {
   int64_t H = call->heads, G = call->kv_heads, D = call->head_dim, N = call->nodes;
   int64_t group = H / G, width = (H + 2 * G) * D, past = call->lengths[b];
   int64_t base = op->layer * call->layer_stride + (b * G + g) * call->capacity * D;
+  int64_t tail = base + call->used * D;
   const int32_t *live = call->live ? call->live + b * call->used : 0;
   const uint8_t *seen = call->ancestors ? call->ancestors + b * call->ancestor_stride : 0;
+  const int64_t *places = call->positions + b * N;
   const float *q[QUERIES];
   float *p[QUERIES], *out[QUERIES];
-  int64_t node[QUERIES], low[QUERIES], lowest = past, stride = (past + N + LANES) / LANES * LANES;
-  for (int64_t i = 0; i < count; i++) {
-    int64_t n = (first + i) / group, h = g * group + (first + i) % group;
+  int64_t node[QUERIES], low[QUERIES], total[QUERIES];
+  /* slots that are taken in order by the whole block: what is cached and, on a chain, what lies
+   * before its first query */
+  int64_t shared = past + (seen || live ? 0 : first / group + 1), lowest = shared;
+  int64_t stride = (past + N + LANES) / LANES * LANES;
+  for (int64_t i = 0; i < QUERIES; i++) {
+    int64_t at = first + (i < count ? i : 0);  /* idle places repeat the first query */
+    int64_t n = at / group, h = g * group + at % group;
     node[i] = n;
     q[i] = call->buffers[op->source] + (b * N + n) * width + h * D;
     out[i] = call->buffers[op->target] + ((b * N + n) * H + h) * D;
     p[i] = scratch + i * stride;
-    int64_t from = op->window ? call->positions[b * N + n] - op->window + 1 : 0;
-    low[i] = from < 0 ? 0 : from > past ? past : from;
+    int64_t from = op->window ? places[n] - op->window + 1 : 0;
+    low[i] = from < 0 ? 0 : from > shared ? shared : from;
     lowest = low[i] < lowest ? low[i] : lowest;
+    total[i] = shared;
   }
-  for (int64_t t = lowest; t < past; t++) {
-    int64_t at = base + (live ? live[t] : t) * D;
-    vf a[QUERIES];
-    for (int i = 0; i < QUERIES; i++) a[i] = splat(0.0f);
-    if (count == QUERIES) {
-      for (int64_t d = 0; d < D; d += LANES) {
-        vf k = load_cache(call->keys, at + d, dtype);
-        for (int i = 0; i < QUERIES; i++) a[i] = fma_(load(q[i] + d), k, a[i]);
+  int64_t last = node[count - 1];
+#define SEES(i, j)                                                              \
+  ((j) <= node[i] && (!seen || seen[node[i] * N + (j)]) &&                      \
+   (!op->window || places[node[i]] - places[j] < op->window))
+  for (int64_t t = lowest; t < shared; t++) {
+    v4 s = score(q, call->keys, base + (live ? live[t] : t) * D, D, dtype);
+    for (int i = 0; i < QUERIES; i++) p[i][t] = s[i];
+  }
+  for (int64_t j = shared - past; j <= last; j++) {
+    v4 s = score(q, call->keys, tail + j * D, D, dtype);
+    for (int i = 0; i < QUERIES; i++)
+      if (SEES(i, j)) p[i][total[i]++] = s[i];
+  }
+  for (int64_t i = 0; i < count; i++) {
+    soften(p[i] + low[i], total[i] - low[i], op->factor);
+    for (int64_t t = lowest; t < low[i]; t++) p[i][t] = 0.0f;
+    for (int64_t d = 0; d < D; d += LANES) store(out[i] + d, splat(0.0f));
+  }
+  for (int64_t start = lowest; start < shared; start += SLOTS) {  /* a tile of values stays close */
+    int64_t end = start + SLOTS < shared ? start + SLOTS : shared;
+    for (int64_t d = 0; d < D; d += LANES) {
+      vf a[QUERIES];
+      for (int i = 0; i < count; i++) a[i] = load(out[i] + d);
+      for (int64_t t = start; t < end; t++) {
+        vf v = load_cache(call->values, base + (live ? live[t] : t) * D + d, dtype);
+        if (count == QUERIES)
+          for (int i = 0; i < QUERIES; i++) a[i] = fma_(splat(p[i][t]), v, a[i]);
+        else
+          for (int64_t i = 0; i < count; i++) a[i] = fma_(splat(p[i][t]), v, a[i]);
       }
-      for (int i = 0; i < QUERIES; i++) p[i][t] = sum(a[i]);
-    } else {
-      for (int64_t i = 0; i < count; i++) p[i][t] = dot(q[i], call->keys, at, D, dtype);
+      for (int i = 0; i < count; i++) store(out[i] + d, a[i]);
     }
   }
   for (int64_t i = 0; i < count; i++) {
-    int64_t n = past, place = call->positions[b * N + node[i]];
-    const uint8_t *mine = seen ? seen + node[i] * N : 0;
-    for (int64_t j = 0; j <= node[i]; j++) {
-      if (mine && !mine[j]) continue;
-      if (op->window && place - call->positions[b * N + j] >= op->window) continue;
-      p[i][n++] = dot(q[i], call->keys, base + (call->used + j) * D, D, dtype);
-    }
-    soften(p[i] + low[i], n - low[i], op->factor);
-    for (int64_t t = lowest; t < low[i]; t++) p[i][t] = 0.0f;
-  }
-  for (int64_t d = 0; d < D; d += LANES) {
-    vf a[QUERIES];
-    for (int i = 0; i < QUERIES; i++) a[i] = splat(0.0f);
-    for (int64_t t = lowest; t < past; t++) {
-      vf v = load_cache(call->values, base + (live ? live[t] : t) * D + d, dtype);
-      if (count == QUERIES)
-        for (int i = 0; i < QUERIES; i++) a[i] = fma_(splat(p[i][t]), v, a[i]);
-      else
-        for (int64_t i = 0; i < count; i++) a[i] = fma_(splat(p[i][t]), v, a[i]);
-    }
-    for (int64_t i = 0; i < count; i++) {
-      int64_t n = past, place = call->positions[b * N + node[i]];
-      const uint8_t *mine = seen ? seen + node[i] * N : 0;
-      for (int64_t j = 0; j <= node[i]; j++) {
-        if (mine && !mine[j]) continue;
-        if (op->window && place - call->positions[b * N + j] >= op->window) continue;
-        vf v = load_cache(call->values, base + (call->used + j) * D + d, dtype);
-        a[i] = fma_(splat(p[i][n++]), v, a[i]);
-      }
-      store(out[i] + d, a[i]);
+    int64_t t = shared;
+    for (int64_t j = shared - past; j <= node[i]; j++) {
+      if (!SEES(i, j)) continue;
+      vf weight = splat(p[i][t++]);
+      for (int64_t d = 0; d < D; d += LANES)
+        store(out[i] + d, fma_(weight, load_cache(call->values, tail + j * D + d, dtype),
+                               load(out[i] + d)));
     }
   }
+#undef SEES
 }
 
 static int64_t attend(const Op *op, const Call *call, Pieces *pieces, float *scratch) {

@@ -8,7 +8,7 @@ model computes is checked by running both (:mod:`isthmus.decoding.fast`).
 ::
 
     EMBED ─▶ h ─┬─▶ NORM ─▶ LINEAR q, k, v ─▶ ROTATE ─▶ ATTEND ─▶ LINEAR ─▶ + h
-                └─▶ NORM ─▶ LINEAR gate, up ─▶ LINEAR ─▶ + h           ... ─▶ NORM ─▶ LINEAR ─▶ logits
+                └─▶ NORM ─▶ LINEAR gate, up ─▶ LINEAR ─▶ + h   ... ─▶ NORM ─▶ LINEAR ─▶ logits
 """
 
 from __future__ import annotations
