@@ -76,6 +76,8 @@ typedef struct {
   struct Pieces *pieces;              /* [operations], zero */
 } Call;
 
+#define UNROLL _Pragma("GCC unroll 8")
+
 static inline vf load(const float *p) { return *(const any_vf *)p; }
 static inline void store(float *p, vf v) { *(any_vf *)p = v; }
 static inline vf splat(float x) { vf v; for (int i = 0; i < LANES; i++) v[i] = x; return v; }
@@ -181,6 +183,7 @@ static inline vf activate(vf x, int kind) {
  * into the same order: part p of a block of LANES * P values holds those at p, p + P, p + 2P ...
  */
 
+enum { TILE = 64, CHUNK = 96, STRIPE = 512 };
 static const int64_t PARTS[] = {1, 2, 4};
 static const int64_t SIZES[] = {4, 2, 1};
 
@@ -194,71 +197,92 @@ static void deal(const float *x, int64_t K, int64_t parts, float *out) {
       for (int64_t i = 0; i < LANES; i++) out[k + p * LANES + i] = x[k + i * parts + p];
 }
 
-/* y [C, R] = x [C, K] times R rows of weights; the rows that come `ahead` are fetched meanwhile. */
-#define UNROLL _Pragma("GCC unroll 8")
-
-#define BLOCK(NAME, PART, P, R, C)                                                           \
-  static inline void NAME##_##R##x##C(const float *x, int64_t K, const char *w, float *y,    \
-                                      int64_t ys, int64_t ahead) {                           \
-    const int64_t row = K * 4 / P;                                                           \
-    vf a[R][C];                                                                              \
-    UNROLL for (int r = 0; r < R; r++)                                                       \
-      UNROLL for (int c = 0; c < C; c++) a[r][c] = splat(0.0f);                              \
-    for (int64_t k = 0; k < row; k += LANES * 4) {                                           \
-      vi packed[R];                                                                          \
-      UNROLL for (int r = 0; r < R; r++) packed[r] = *(const any_vi *)(w + r * row + k);     \
-      if (ahead)                                                                             \
-        UNROLL for (int r = 0; r < R; r++) __builtin_prefetch(w + r * row + k + ahead);      \
-      UNROLL for (int p = 0; p < P; p++) {                                                   \
-        vf part[R];                                                                          \
-        UNROLL for (int r = 0; r < R; r++) part[r] = PART(packed[r], p);                     \
-        UNROLL for (int c = 0; c < C; c++) {                                                 \
-          vf xv = load(x + c * K + k / 4 * P + p * LANES);                                   \
-          UNROLL for (int r = 0; r < R; r++) a[r][c] = fma_(part[r], xv, a[r][c]);           \
-        }                                                                                    \
-      }                                                                                      \
-    }                                                                                        \
-    if (R * C % 4 == 0) {                                                                    \
-      UNROLL for (int i = 0; i < R * C; i += 4) {                                            \
-        v4 h = sums(a[i % R][i / R], a[(i + 1) % R][(i + 1) / R], a[(i + 2) % R][(i + 2) / R], \
-                    a[(i + 3) % R][(i + 3) / R]);                                            \
-        UNROLL for (int j = 0; j < 4; j++) y[(i + j) / R * ys + (i + j) % R] = h[j];         \
-      }                                                                                      \
-    } else {                                                                                 \
-      UNROLL for (int c = 0; c < C; c++)                                                     \
-        UNROLL for (int r = 0; r < R; r++) y[c * ys + r] = sum(a[r][c]);                     \
-    }                                                                                        \
+/* y [C, R] = x [C, K] times R rows of weights, values from .. to of each; the rows that come `ahead`
+ * are fetched meanwhile. Unfinished sums wait in `open`. */
+#define BLOCK(NAME, PART, P, R, C)                                                               \
+  static inline void NAME##_##R##x##C(const float *x, int64_t K, const char *w, float *y,        \
+                                      int64_t ys, int64_t ahead, int64_t from, int64_t to,       \
+                                      float *open) {                                             \
+    const int64_t row = K * 4 / P;                                                               \
+    vf a[R][C];                                                                                  \
+    UNROLL for (int r = 0; r < R; r++)                                                           \
+      UNROLL for (int c = 0; c < C; c++)                                                         \
+        a[r][c] = from ? load(open + (r * C + c) * LANES) : splat(0.0f);                         \
+    for (int64_t k = from * 4 / P; k < to * 4 / P; k += LANES * 4) {                             \
+      vi packed[R];                                                                              \
+      UNROLL for (int r = 0; r < R; r++) packed[r] = *(const any_vi *)(w + r * row + k);         \
+      if (ahead)                                                                                 \
+        UNROLL for (int r = 0; r < R; r++) __builtin_prefetch(w + r * row + k + ahead);          \
+      UNROLL for (int p = 0; p < P; p++) {                                                       \
+        vf part[R];                                                                              \
+        UNROLL for (int r = 0; r < R; r++) part[r] = PART(packed[r], p);                         \
+        UNROLL for (int c = 0; c < C; c++) {                                                     \
+          vf xv = load(x + c * K + k / 4 * P + p * LANES);                                       \
+          UNROLL for (int r = 0; r < R; r++) a[r][c] = fma_(part[r], xv, a[r][c]);               \
+        }                                                                                        \
+      }                                                                                          \
+    }                                                                                            \
+    if (to < K) {                                                                                \
+      UNROLL for (int r = 0; r < R; r++)                                                         \
+        UNROLL for (int c = 0; c < C; c++) store(open + (r * C + c) * LANES, a[r][c]);           \
+    } else if (R * C % 4 == 0) {                                                                 \
+      UNROLL for (int i = 0; i < R * C; i += 4) {                                                \
+        v4 h = sums(a[i % R][i / R], a[(i + 1) % R][(i + 1) / R], a[(i + 2) % R][(i + 2) / R],   \
+                    a[(i + 3) % R][(i + 3) / R]);                                                \
+        UNROLL for (int j = 0; j < 4; j++) y[(i + j) / R * ys + (i + j) % R] = h[j];             \
+      }                                                                                          \
+    } else {                                                                                     \
+      UNROLL for (int c = 0; c < C; c++)                                                         \
+        UNROLL for (int r = 0; r < R; r++) y[c * ys + r] = sum(a[r][c]);                         \
+    }                                                                                            \
   }
 
-#define COLUMNS(NAME, C, R)                                                                  \
-  for (; n + C <= N; n += C) {                                                               \
-    int64_t r = 0;                                                                           \
-    if (n == 0)                                                                              \
-      for (; r + R <= rows; r += R)                                                          \
-        NAME##_##R##x##C(x + n * K, K, w + r * row, y + n * ys + r, ys, R * row);            \
-    for (; r + R <= rows; r += R)                                                            \
-      NAME##_##R##x##C(x + n * K, K, w + r * row, y + n * ys + r, ys, 0);                    \
-    for (; r < rows; r++) NAME##_1x##C(x + n * K, K, w + r * row, y + n * ys + r, ys, 0);    \
+/* Few columns: the weights pass by once, whole rows at a time. */
+#define COLUMNS(NAME, C, R)                                                                      \
+  for (; n + C <= N; n += C) {                                                                   \
+    int64_t r = 0;                                                                               \
+    if (n == 0)                                                                                  \
+      for (; r + R <= rows; r += R)                                                              \
+        NAME##_##R##x##C(x + n * K, K, w + r * row, y + n * ys + r, ys, R * row, 0, K, 0);       \
+    for (; r + R <= rows; r += R)                                                                \
+      NAME##_##R##x##C(x + n * K, K, w + r * row, y + n * ys + r, ys, 0, 0, K, 0);               \
+    for (; r < rows; r++)                                                                        \
+      NAME##_1x##C(x + n * K, K, w + r * row, y + n * ys + r, ys, 0, 0, K, 0);                   \
   }
 
-#define PRODUCT(NAME, PART, P)                                                               \
-  BLOCK(NAME, PART, P, 2, 6) BLOCK(NAME, PART, P, 1, 6)                                      \
-  BLOCK(NAME, PART, P, 2, 4) BLOCK(NAME, PART, P, 1, 4)                                      \
-  BLOCK(NAME, PART, P, 4, 2) BLOCK(NAME, PART, P, 1, 2)                                      \
-  BLOCK(NAME, PART, P, 4, 1) BLOCK(NAME, PART, P, 1, 1)                                      \
-  static void NAME(const float *x, int64_t K, int64_t N, const char *w, int64_t rows,        \
-                   float *y, int64_t ys) {                                                   \
-    const int64_t row = K * 4 / P;                                                           \
-    int64_t n = 0;                                                                           \
-    if (N != 8) COLUMNS(NAME, 6, 2)                                                          \
-    COLUMNS(NAME, 4, 2) COLUMNS(NAME, 2, 4) COLUMNS(NAME, 1, 4)                              \
+/* Many columns: as much of x as stays in the first-level cache, against all rows. */
+#define STRIPES(NAME, C)                                                                         \
+  for (; n + C <= N; n += C) {                                                                   \
+    for (int64_t from = 0, to; from < K; from = to) {                                            \
+      to = from + STRIPE < K ? from + STRIPE : K;                                                \
+      int64_t r = 0;                                                                             \
+      for (; r + 2 <= rows; r += 2)                                                              \
+        NAME##_2x##C(x + n * K, K, w + r * row, y + n * ys + r, ys, 0, from, to,                 \
+                     open + r * C * LANES);                                                      \
+      for (; r < rows; r++)                                                                      \
+        NAME##_1x##C(x + n * K, K, w + r * row, y + n * ys + r, ys, 0, from, to,                 \
+                     open + r * C * LANES);                                                      \
+    }                                                                                            \
+  }
+
+#define PRODUCT(NAME, PART, P)                                                                   \
+  BLOCK(NAME, PART, P, 2, 6) BLOCK(NAME, PART, P, 1, 6)                                          \
+  BLOCK(NAME, PART, P, 2, 4) BLOCK(NAME, PART, P, 1, 4)                                          \
+  BLOCK(NAME, PART, P, 4, 2) BLOCK(NAME, PART, P, 1, 2)                                          \
+  BLOCK(NAME, PART, P, 4, 1) BLOCK(NAME, PART, P, 1, 1)                                          \
+  static void NAME(const float *x, int64_t K, int64_t N, const char *w, int64_t rows,            \
+                   float *y, int64_t ys) {                                                       \
+    const int64_t row = K * 4 / P;                                                               \
+    float open[CHUNK * 6 * LANES];                                                               \
+    int64_t n = 0;                                                                               \
+    if (N > 8) { STRIPES(NAME, 6) }                                                              \
+    COLUMNS(NAME, 4, 2) COLUMNS(NAME, 2, 4) COLUMNS(NAME, 1, 4)                                  \
   }
 
 PRODUCT(product_f32, part_f32, 1)
 PRODUCT(product_bf16, part_bf16, 2)
 PRODUCT(product_i8, part_i8, 4)
 
-enum { TILE = 64, CHUNK = 96 };
 
 /* y [N, rows] (stride ys) = x [N, K] times rows of a weight matrix; scratch holds TILE x K. */
 static void multiply(const float *x, int64_t K, int64_t N, const void *weight, int dtype,
@@ -450,16 +474,46 @@ static void soften(float *scores, int64_t count, float factor) {
   for (t = 0; t < count; t++) scores[t] *= inverse;
 }
 
-/* Scores of one key for a block of queries. */
-static inline v4 score(const float *const *q, const void *keys, int64_t at, int64_t D, int dtype) {
-  vf a[QUERIES];
-  for (int i = 0; i < QUERIES; i++) a[i] = splat(0.0f);
+/* Scores of two keys for a block of queries. */
+static inline void score(const float *const *q, const void *keys, int64_t one, int64_t two,
+                         int64_t D, int dtype, v4 *out) {
+  vf a[QUERIES], b[QUERIES];
+  UNROLL for (int i = 0; i < QUERIES; i++) a[i] = b[i] = splat(0.0f);
   for (int64_t d = 0; d < D; d += LANES) {
-    vf k = load_cache(keys, at + d, dtype);
-    for (int i = 0; i < QUERIES; i++) a[i] = fma_(load(q[i] + d), k, a[i]);
+    vf k = load_cache(keys, one + d, dtype), l = load_cache(keys, two + d, dtype);
+    UNROLL for (int i = 0; i < QUERIES; i++) {
+      vf x = load(q[i] + d);
+      a[i] = fma_(x, k, a[i]);
+      b[i] = fma_(x, l, b[i]);
+    }
   }
-  return sums(a[0], a[1], a[2], a[3]);
+  out[0] = sums(a[0], a[1], a[2], a[3]);
+  out[1] = sums(b[0], b[1], b[2], b[3]);
 }
+
+/* Weighted values of slots start .. end, vectors d .. d + V, added to what is in out. */
+#define GATHER(V)                                                                            \
+  static inline void gather_##V(float *const *p, float *const *out, const void *values,      \
+                                int64_t base, const int32_t *live, int64_t start,            \
+                                int64_t end, int64_t D, int64_t d, int dtype) {              \
+    vf a[QUERIES][V];                                                                        \
+    UNROLL for (int i = 0; i < QUERIES; i++)                                                 \
+      UNROLL for (int v = 0; v < V; v++) a[i][v] = load(out[i] + d + v * LANES);             \
+    for (int64_t t = start; t < end; t++) {                                                  \
+      int64_t at = base + (live ? live[t] : t) * D + d;                                      \
+      vf value[V];                                                                           \
+      UNROLL for (int v = 0; v < V; v++) value[v] = load_cache(values, at + v * LANES, dtype); \
+      UNROLL for (int i = 0; i < QUERIES; i++) {                                             \
+        vf weight = splat(p[i][t]);                                                          \
+        UNROLL for (int v = 0; v < V; v++) a[i][v] = fma_(weight, value[v], a[i][v]);        \
+      }                                                                                      \
+    }                                                                                        \
+    UNROLL for (int i = 0; i < QUERIES; i++)                                                 \
+      UNROLL for (int v = 0; v < V; v++) store(out[i] + d + v * LANES, a[i][v]);             \
+  }
+
+GATHER(2)
+GATHER(1)
 
 /* Attention of a block of queries that share a key head: nodes x query heads of the group. A query
  * sees the committed tokens of its row, then its ancestors, in the order of their positions. */
@@ -478,14 +532,16 @@ static inline void attend_block(const Op *op, const Call *call, int64_t b, int64
   /* slots that are taken in order by the whole block: what is cached and, on a chain, what lies
    * before its first query */
   int64_t shared = past + (seen || live ? 0 : first / group + 1), lowest = shared;
-  int64_t stride = (past + N + LANES) / LANES * LANES;
+  int64_t stride = (past + N + 2 * LANES) / LANES * LANES;
   for (int64_t i = 0; i < QUERIES; i++) {
-    int64_t at = first + (i < count ? i : 0);  /* idle places repeat the first query */
+    int64_t at = first + (i < count ? i : 0);
     int64_t n = at / group, h = g * group + at % group;
     node[i] = n;
     q[i] = call->buffers[op->source] + (b * N + n) * width + h * D;
     out[i] = call->buffers[op->target] + ((b * N + n) * H + h) * D;
     p[i] = scratch + i * stride;
+    if (i >= count)  /* idle: the first query once more */
+      out[i] = memset(scratch + QUERIES * stride, 0, D * sizeof(float));
     int64_t from = op->window ? places[n] - op->window + 1 : 0;
     low[i] = from < 0 ? 0 : from > shared ? shared : from;
     lowest = low[i] < lowest ? low[i] : lowest;
@@ -495,34 +551,35 @@ static inline void attend_block(const Op *op, const Call *call, int64_t b, int64
 #define SEES(i, j)                                                              \
   ((j) <= node[i] && (!seen || seen[node[i] * N + (j)]) &&                      \
    (!op->window || places[node[i]] - places[j] < op->window))
-  for (int64_t t = lowest; t < shared; t++) {
-    v4 s = score(q, call->keys, base + (live ? live[t] : t) * D, D, dtype);
-    for (int i = 0; i < QUERIES; i++) p[i][t] = s[i];
+  v4 s[2];
+  for (int64_t t = lowest; t < shared; t += 2) {
+    int64_t next = t + 1 < shared ? t + 1 : t;
+    score(q, call->keys, base + (live ? live[t] : t) * D, base + (live ? live[next] : next) * D, D,
+          dtype, s);
+    UNROLL for (int i = 0; i < QUERIES; i++) {
+      p[i][t] = s[0][i];
+      p[i][t + 1] = s[1][i];  /* there is room for one more */
+    }
   }
-  for (int64_t j = shared - past; j <= last; j++) {
-    v4 s = score(q, call->keys, tail + j * D, D, dtype);
-    for (int i = 0; i < QUERIES; i++)
-      if (SEES(i, j)) p[i][total[i]++] = s[i];
+  for (int64_t j = shared - past; j <= last; j += 2) {
+    score(q, call->keys, tail + j * D, tail + (j < last ? j + 1 : j) * D, D, dtype, s);
+    for (int64_t k = j; k <= last && k < j + 2; k++)
+      for (int i = 0; i < QUERIES; i++)
+        if (SEES(i, k)) p[i][total[i]++] = s[k - j][i];
   }
   for (int64_t i = 0; i < count; i++) {
     soften(p[i] + low[i], total[i] - low[i], op->factor);
     for (int64_t t = lowest; t < low[i]; t++) p[i][t] = 0.0f;
     for (int64_t d = 0; d < D; d += LANES) store(out[i] + d, splat(0.0f));
   }
+  for (int64_t i = count; i < QUERIES; i++) p[i] = p[0];
   for (int64_t start = lowest; start < shared; start += SLOTS) {  /* a tile of values stays close */
     int64_t end = start + SLOTS < shared ? start + SLOTS : shared;
-    for (int64_t d = 0; d < D; d += LANES) {
-      vf a[QUERIES];
-      for (int i = 0; i < count; i++) a[i] = load(out[i] + d);
-      for (int64_t t = start; t < end; t++) {
-        vf v = load_cache(call->values, base + (live ? live[t] : t) * D + d, dtype);
-        if (count == QUERIES)
-          for (int i = 0; i < QUERIES; i++) a[i] = fma_(splat(p[i][t]), v, a[i]);
-        else
-          for (int64_t i = 0; i < count; i++) a[i] = fma_(splat(p[i][t]), v, a[i]);
-      }
-      for (int i = 0; i < count; i++) store(out[i] + d, a[i]);
-    }
+    int64_t d = 0;
+    for (; d + 2 * LANES <= D; d += 2 * LANES)
+      gather_2(p, out, call->values, base, live, start, end, D, d, dtype);
+    for (; d < D; d += LANES)
+      gather_1(p, out, call->values, base, live, start, end, D, d, dtype);
   }
   for (int64_t i = 0; i < count; i++) {
     int64_t t = shared;

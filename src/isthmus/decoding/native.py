@@ -91,8 +91,8 @@ def _output(command: list[str], *, check: bool = True) -> str | None:
         return done.stdout
     if not check:
         return None
-    lines = done.stderr.strip().splitlines() or ["no message"]
-    raise UnsupportedModelError(f"the C compiler {command[0]!r} failed: {lines[0]}")
+    lines = [line for line in done.stderr.splitlines() if "error" in line] or ["no message"]
+    raise UnsupportedModelError(f"the C compiler {command[0]!r} failed: {lines[0].strip()}")
 
 
 def _processor() -> list[str]:
@@ -139,7 +139,7 @@ class Kernel:
             self.buffers = [torch.empty(self.rows, width) for width in program.widths]
             size = max(
                 2 * self.rows * CHUNK + min(TILE, self.rows) * self.widest,
-                QUERIES * (self.slots + self.rows + 16),
+                QUERIES * (self.slots + self.rows + 32) + program.head_dim,
             )
             self.scratch = torch.empty(threads, size)
             call.threads, call.scratch_size = threads, size
