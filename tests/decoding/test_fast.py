@@ -165,6 +165,36 @@ def test_embed_and_head_of_bfloat16_weights_are_float32() -> None:
     assert torch.equal(session.score(TokenTree.root(torch.tensor([5]))).logits, first)
 
 
+def test_int8_is_the_model_with_rounded_weights_and_nothing_else() -> None:
+    model = make("Qwen2")
+    target = FastTarget(model)
+    tokens = torch.arange(1, 12)[None]
+    with pytest.raises(UnsupportedModelError, match="multiples"):
+        target.to_int8()  # 48 values do not fill vectors of four times eight
+    wide = tf.LlamaForCausalLM(
+        tf.LlamaConfig(
+            vocab_size=64,
+            hidden_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=192,
+        )
+    ).eval()
+    target = FastTarget(wide)
+    before = target.session(1).score(TokenTree(tokens, chain_topology(11))).logits
+    target.to_int8()
+    assert check_target(target) == 0.0
+    after = target.session(1).score(TokenTree(tokens, chain_topology(11))).logits
+    assert 0 < float((after - before).abs().max() / before.std()) < 0.2
+    for module in wide.modules():  # the same rounding, done by hand
+        if isinstance(module, torch.nn.Linear):
+            scale = module.weight.data.abs().amax(1, keepdim=True) / 127
+            module.weight.data = (module.weight.data / scale).round() * scale
+    by_hand = FastTarget(wide).session(1).score(TokenTree(tokens, chain_topology(11))).logits
+    torch.testing.assert_close(after, by_hand, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["GPT2", "Gemma3", "Phi", "Bloom"])
 def test_what_is_built_in_another_way_runs_module_by_module_and_says_why(name: str) -> None:
     target = best_target(MAKERS[name]().eval())

@@ -55,9 +55,10 @@ def generate(
         repetition_penalty: Above 1 makes repeated tokens less likely.
         stop: Strings that end the text; may be given several times.
         seed: Seed of the sampling.
-        dtype: auto, float32, bfloat16, float16 or float64.
+        dtype: auto, float32, bfloat16, float16 or float64; int8 rounds the weights, which changes
+            the model a little.
         device: auto, cpu, cuda, cuda:1 ...
-        exact: Same forward shapes for every round, so numbers agree bit for bit; slower.
+        exact: The same numbers bit for bit, whoever drafts; slower where there is no fast forward.
         json: Print one JSON object and nothing else on standard output.
     """
     text = _prompt(prompt, file)

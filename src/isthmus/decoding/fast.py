@@ -78,15 +78,24 @@ class FastTarget(HubTarget):
             raise UnsupportedModelError(f"{name} has no fast forward: {error}") from error
         self.state_dtype = torch.float32
 
+    def to_int8(self) -> None:
+        """Round the weights to int8, which makes another model of it, though a close one.
+
+        The modules of transformers keep theirs.
+
+        Raises:
+            UnsupportedModelError: A width that the kernel cannot take in int8.
+        """
+        self.kernel.program.to_int8()
+        self.kernel = Kernel(self.kernel.program)
+
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Input embeddings float32 [..., D] of tokens [...], without positions."""
         return super().embed(tokens).float()
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits float32 [..., V] of last hidden states [..., D]."""
-        if hidden.requires_grad or self.dtype == torch.float32:
-            return super().head(hidden)
-        return self.kernel.head(hidden)
+        return super().head(hidden) if hidden.requires_grad else self.kernel.head(hidden)
 
     def session(self, batch: int, **inputs: Any) -> Session:
         """Open a session; see :meth:`HubTarget.session`."""

@@ -146,6 +146,33 @@ class Program:
             **{"stride": out_width, **fields},
         )
 
+    def to_int8(self) -> None:
+        """Give every product int8 weights, rounded to nearest with one scale a row."""
+        by_address = {t.data_ptr(): t for t in self.tensors}
+        for op in self.ops:
+            if op.kind != Kind.LINEAR:
+                continue
+            for name, scale in (("weight", "scale"), ("gate", "gate_scale")):
+                if getattr(op, name):
+                    parts = rounded(by_address[getattr(op, name)])
+                    self.tensors += parts
+                    for field_name, part in zip((name, scale), parts, strict=True):
+                        setattr(op, field_name, part.data_ptr())
+            op.dtype = DTYPES[torch.int8]
+
+
+def rounded(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Int8 values [O, K] and float32 scales [O] of a weight matrix [O, K].
+
+    Example:
+        >>> values, scales = rounded(torch.tensor([[1.0, -2.54], [0.0, 0.0]]))
+        >>> values.tolist(), round(scales[0].item(), 4)
+        ([[50, -127], [0, 0]], 0.02)
+    """
+    values = weight.detach().float()
+    scales = (values.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    return (values / scales[:, None]).round().to(torch.int8), scales
+
 
 def lower(model: Any, windows: Sequence[int]) -> Program:
     """Read the program of a decoder-only model off its modules.
