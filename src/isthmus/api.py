@@ -62,6 +62,6 @@ def load(
 def _resolve(source: str) -> str:
     if not source:
         return str(reference.reference(EMBEDDED))
-    if not Path(source).exists() and source in reference.RECIPES:
+    if not Path(source).exists() and source in reference.NAMES:
         return str(reference.reference(source))
     return source
