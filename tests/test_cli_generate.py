@@ -53,6 +53,7 @@ def test_errors_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
         (("generate", "x", "--top-p", "1.5"), "top_p"),
         (("generate", "-f", str(tmp_path / "none.txt")), "none.txt"),
         (("bench", "decode", "--prompts", "0"), "at least 1"),
+        (("bench", "decode", "--methods", "openvino int3"), "int8"),
     ):
         done = run(*arguments)
         assert done.returncode == 2, arguments

@@ -50,16 +50,21 @@ def load(
         UnsupportedModelError: A model that cannot be decoded with an unchanged output.
         MismatchError: The draft model has another vocabulary.
     """
-    checkpoint = load_checkpoint(_resolve(str(source)), dtype=dtype, device=device)
+    checkpoint = load_checkpoint(locate(str(source)), dtype=dtype, device=device)
     model = Model(checkpoint.model, checkpoint.tokenizer, exact=exact)
     if draft_model:
-        draft = load_checkpoint(_resolve(str(draft_model)), dtype=dtype, device=device)
+        draft = load_checkpoint(locate(str(draft_model)), dtype=dtype, device=device)
         check_same_vocabulary(draft.tokenizer, checkpoint.tokenizer)
         model.draft_model = HubTarget(draft.model)
     return model
 
 
-def _resolve(source: str) -> str:
+def locate(source: str) -> str:
+    """The folder or hub id behind a name that :func:`load` takes; reference models are made.
+
+    Args:
+        source: As for :func:`load`.
+    """
     if not source:
         return str(reference.reference(EMBEDDED))
     if not Path(source).exists() and source in reference.NAMES:
