@@ -364,6 +364,7 @@ def _built(model: Any, config: Any, state: dict[str, torch.Tensor]) -> Any:
         built = type(model).from_pretrained(
             None, config=config, state_dict=state, dtype=model.dtype
         )
+    built.config.name_or_path = model.config.name_or_path
     built.generation_config = copy.deepcopy(model.generation_config)
     return built.to(model.device).train(model.training)
 
