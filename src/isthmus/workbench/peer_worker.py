@@ -150,7 +150,7 @@ def write_gguf(checkpoint: Path, out: Path, precision: str) -> None:
     """Write a Llama checkpoint of one safetensors file as GGUF.
 
     Raises:
-        ValueError: The checkpoint is no Llama.
+        ValueError: The checkpoint is no Llama, or one with scaled positions or extra weights.
     """
     import gguf
     import numpy as np
@@ -158,6 +158,9 @@ def write_gguf(checkpoint: Path, out: Path, precision: str) -> None:
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     if config["model_type"] != "llama":
         raise ValueError(f"GGUF files are written of Llama models, not {config['model_type']!r}")
+    rope = config["rope_parameters"]
+    if rope["rope_type"] != "default":
+        raise ValueError(f"GGUF files are written without rope scaling, not {rope['rope_type']!r}")
     kinds = {
         "float32": gguf.GGMLQuantizationType.F32,
         "bfloat16": gguf.GGMLQuantizationType.BF16,
@@ -175,7 +178,7 @@ def write_gguf(checkpoint: Path, out: Path, precision: str) -> None:
     writer.add_rope_dimension_count(config["head_dim"])
     writer.add_key_length(config["head_dim"])
     writer.add_value_length(config["head_dim"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
     tokenizer = json.loads((checkpoint / "tokenizer.json").read_text(encoding="utf-8"))
@@ -194,6 +197,8 @@ def write_gguf(checkpoint: Path, out: Path, precision: str) -> None:
                 x = x.reshape(count, 2, -1, x.shape[1]).swapaxes(1, 2).reshape(x.shape)
         kind = kinds[precision] if x.ndim == 2 else gguf.GGMLQuantizationType.F32
         to = names.get_name(name, try_suffixes=(".weight",))
+        if to is None:
+            raise ValueError(f"GGUF has no place for the weight {name!r}")
         writer.add_tensor(to, gguf.quants.quantize(np.ascontiguousarray(x), kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
