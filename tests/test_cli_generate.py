@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 COMMAND = [sys.executable, "-m", "isthmus.cli.main"]
 
 
@@ -53,6 +55,7 @@ def test_errors_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
         (("generate", "x", "--top-p", "1.5"), "top_p"),
         (("generate", "-f", str(tmp_path / "none.txt")), "none.txt"),
         (("bench", "decode", "--prompts", "0"), "at least 1"),
+        (("bench", "decode", "--methods", "openvino int3"), "int8"),
     ):
         done = run(*arguments)
         assert done.returncode == 2, arguments
@@ -78,12 +81,16 @@ def test_an_interrupt_keeps_what_was_written() -> None:
     assert b"tokens in" in errors and b"Traceback" not in errors
 
 
-def test_the_bench_compares_methods_in_one_run() -> None:
+def test_the_bench_compares_methods_in_one_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path))  # no other engine is installed there
     done = run(
         *("bench", "decode", "--prompts", "1", "--repeats", "1", "--max-new-tokens", "8"),
-        *("--methods", "transformers", "--methods", "token-recycling", "--json"),
+        *("--methods", "transformers", "--methods", "token-recycling", "--json", "--peers"),
     )
     assert done.returncode == 0, done.stderr
+    assert "without openvino: isthmus bench peers --install openvino" in done.stderr
     rows = json.loads(done.stdout)["methods"]
     assert [r["method"] for r in rows] == ["transformers", "token-recycling"]
     assert rows[1]["same_output"] == 1

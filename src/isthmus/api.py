@@ -71,7 +71,7 @@ def load(
 
 def _load(source: str, dtype: str, device: str) -> tuple[Checkpoint, HubTarget]:
     """A checkpoint and the best target for it."""
-    place = _resolve(source)
+    place = locate(source)
     chosen = dtype
     if dtype in ("auto", "int8"):
         stored = is_bfloat16(place, device)
@@ -91,9 +91,14 @@ def _load(source: str, dtype: str, device: str) -> tuple[Checkpoint, HubTarget]:
     return checkpoint, target
 
 
-def _resolve(source: str) -> str:
+def locate(source: str) -> str:
+    """The folder or hub id behind a name that :func:`load` takes; reference models are made.
+
+    Args:
+        source: As for :func:`load`.
+    """
     if not source:
         return str(reference.reference(EMBEDDED))
-    if not Path(source).exists() and source in reference.RECIPES:
+    if not Path(source).exists() and source in reference.NAMES:
         return str(reference.reference(source))
     return source

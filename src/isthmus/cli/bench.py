@@ -16,6 +16,7 @@ def decode(
     model: Annotated[str, Parameter(name=["--model", "-m"])] = "",
     draft_model: str = "",
     methods: tuple[str, ...] = (),
+    peers: Annotated[bool, Parameter(negative="")] = False,
     prompts: int = 8,
     prompt_tokens: int = 96,
     max_new_tokens: int = 128,
@@ -34,6 +35,8 @@ def decode(
         draft_model: Smaller model with the same vocabulary; adds speculative-sampling and
             transformers' assisted generation.
         methods: Methods to compare; give several times. Default: all that apply.
+        peers: Add the other engines that are installed (see: isthmus bench peers), in the same
+            class of precision and in int8. One alone is a method too: "ctranslate2 int8".
         prompts: Number of prompts, from held-out files of Python's standard library.
         prompt_tokens: Length of each prompt.
         max_new_tokens: Tokens to write for each; end tokens are ignored.
@@ -46,8 +49,9 @@ def decode(
     if prompts < 1 or repeats < 1 or max_new_tokens < 1:
         raise InvalidInputError("prompts, repeats and max-new-tokens must be at least 1")
     quiet_transformers()
-    from isthmus.api import load
+    from isthmus.api import load, locate
     from isthmus.claims import Provenance, Ruler
+    from isthmus.workbench import peers as engines
     from isthmus.workbench import pycode
     from isthmus.workbench.bench import PEERS, bench
 
@@ -62,6 +66,13 @@ def decode(
         *(["speculative-sampling"] if draft_model else []),
         "auto",
     ]
+    number = str(loaded.target.dtype).removeprefix("torch.")
+    if peers:
+        missing = [name for name in engines.ENGINES if name not in engines.installed()]
+        if missing:
+            install = "isthmus bench peers --install"
+            console(stderr=True).print(*(f"without {n}: {install} {n}" for n in missing), sep="\n")
+        chosen += [m for m in engines.methods(number) if m not in chosen]
     ids = pycode.prompts(prompts, loaded.tokenizer, prompt_tokens)
     screen = console(stderr=True)
     with screen.status("") as status:
@@ -77,8 +88,8 @@ def decode(
             temperature=temperature,
             repeats=repeats,
             ruler=Ruler(progress=tell),
+            checkpoint=Path(locate(model)),
         )
-    number = str(loaded.target.dtype).removeprefix("torch.")
     if json:
         print_json(
             {
@@ -98,25 +109,62 @@ def decode(
     table = Table(
         title=f"{model or 'embedded model'}, {number}, {prompts} prompts, T = {temperature:g}"
     )
-    for heading in (
-        "method",
-        "tokens/s",
-        "speed-up",
-        "acceptance length",
-        "forwards",
-        "same output",
-    ):
-        table.add_column(heading, justify="left" if heading == "method" else "right")
+    table.add_column("method")
+    table.add_column("numbers")
+    for heading in ("tokens/s", "speed-up", "acceptance length", "forwards", "same output"):
+        table.add_column(heading, justify="right")
     for row in rows:
         length = row.acceptance_length
         table.add_row(
-            row.name,
+            row.about or row.name,
+            row.precision,
             f"{row.tokens_per_s:.1f}",
             str(row.speedup),
             "" if length is None else f"{length:.2f}",
-            str(row.forwards),
-            f"{row.same}/{prompts}" if temperature == 0 else "sampled",
+            "" if row.forwards is None else str(row.forwards),
+            f"{row.same}/{prompts} ({row.agreeing:.0%})" if temperature == 0 else "sampled",
         )
+    table.caption = "same output: prompts, and the share of tokens before the first difference"
+    console().print(table)
+    return 0
+
+
+def peers(*, install: str = "", json: bool = False) -> int:
+    """List other decoding engines for ``isthmus bench decode --peers``, or install one.
+
+    Each lives in a Python environment of its own in the user cache folder, with its converter:
+    a gigabyte where the converter needs torch, and some minutes where pip has to compile.
+
+    Args:
+        install: Name of the engine to install, afresh if it is there already.
+        json: Print one JSON object and nothing else on standard output.
+    """
+    from isthmus.workbench import peers as engines
+
+    if install:
+        engines.install(install)
+    there = engines.installed()
+    if json:
+        print_json(
+            {
+                name: {
+                    "installed": name in there,
+                    "folder": str(engines.environment(name)),
+                    "precisions": peer.precisions,
+                    "requirements": peer.requirements,
+                }
+                for name, peer in engines.ENGINES.items()
+            }
+        )
+        return 0
+    from rich.table import Table
+
+    table = Table()
+    for heading in ("engine", "numbers", "installed"):
+        table.add_column(heading)
+    for name, peer in engines.ENGINES.items():
+        state = str(engines.environment(name)) if name in there else f"no: --install {name}"
+        table.add_row(name, ", ".join(peer.precisions), state)
     console().print(table)
     return 0
 

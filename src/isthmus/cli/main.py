@@ -58,6 +58,11 @@ bench.command(
     name="guide",
     help="Which drafter fits a model and its texts, measured before it is advised.",
 )
+bench.command(
+    "isthmus.cli.bench:peers",
+    name="peers",
+    help="Other engines to compare with: which are installed, and installing one.",
+)
 app.command(bench)
 
 

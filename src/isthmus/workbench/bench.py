@@ -1,27 +1,35 @@
 """One bench for decoding methods: same model, same prompts, interleaved, outputs compared.
 
 Every method of isthmus and of transformers decodes the same prompts in turn on one clock
-(:class:`isthmus.claims.Ruler`). Token counts come from the token ids, never from decoded text.
+(:class:`isthmus.claims.Ruler`), and so do other engines in processes of their own
+(:mod:`isthmus.workbench.peers`). Token counts come from the token ids, never from decoded text.
 """
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from isthmus.claims import Ratio, Ruler, ratio
 from isthmus.decoding.model import Model
-from isthmus.errors import UnknownNameError
+from isthmus.errors import InvalidInputError, UnknownNameError
 from isthmus.models.hub import load_checkpoint
 from isthmus.roles import Acceptance, Policy
+from isthmus.workbench import peers
 from isthmus.workbench.reference import reference
 
 PEERS = ("transformers", "transformers prompt lookup", "transformers assisted")
 """What transformers itself offers for the same job."""
+
+SETTLE_S = 0.25
+"""Pause before each run beside other processes: their threads may spin that long after a run."""
 
 
 def reference_model(name: str, draft: str = "", *, dtype: str = "float32") -> Model:
@@ -47,22 +55,29 @@ class Contestant:
 
     Attributes:
         name: The method.
+        precision: Numbers that it computes with.
+        about: Package and version of another engine.
         tokens: New tokens of each prompt, of the last run.
         forwards: Target forwards after the prefill; None where the peer does not say.
         drafted: Draft tokens scored.
         median_s: Seconds over all prompts, median of the repeats.
         speedup: Against the first contestant, paired by repeat.
         same: Prompts whose output equals the first contestant's.
-        overhead: Share of the time outside target and drafter; None for peers.
+        agreeing: Share of the tokens that come before the first difference from it.
+        overhead: Share of the time outside target and drafter, or outside another engine's
+            process; None for transformers.
     """
 
     name: str
+    precision: str = ""
+    about: str = ""
     tokens: list[list[int]] = field(default_factory=list)
     forwards: int | None = None
     drafted: int | None = None
     median_s: float = 0.0
     speedup: Ratio = field(default_factory=lambda: Ratio(1.0, 1.0, 1.0))
     same: int = 0
+    agreeing: float = 1.0
     overhead: float | None = None
 
     @property
@@ -85,6 +100,8 @@ class Contestant:
         length = self.acceptance_length
         return {
             "method": self.name,
+            "precision": self.precision,
+            "about": self.about,
             "new_tokens": self.new_tokens,
             "tokens_per_s": round(self.tokens_per_s, 2),
             "median_s": round(self.median_s, 4),
@@ -95,6 +112,7 @@ class Contestant:
             "target_forwards": self.forwards,
             "drafted": self.drafted,
             "same_output": self.same,
+            "agreeing": round(self.agreeing, 4),
             "prompts": len(self.tokens),
             "overhead": None if self.overhead is None else round(self.overhead, 4),
         }
@@ -109,35 +127,90 @@ def bench(
     temperature: float = 0.0,
     repeats: int = 5,
     ruler: Ruler | None = None,
+    checkpoint: Path | None = None,
 ) -> list[Contestant]:
     """Decode the same prompts with several methods, interleaved.
 
     Args:
         model: The model, and its draft model where a method needs one.
         prompts: Token ids of each prompt.
-        methods: Names of drafters, and of :data:`PEERS`; the first is what the others are
-            compared with.
+        methods: Names of drafters, of :data:`PEERS` and of other engines, such as
+            ``"ctranslate2 int8"``; the first is what the others are compared with.
         max_new_tokens: Tokens of each prompt; end tokens are ignored so that all do equal work.
         temperature: 0 is greedy; otherwise outputs are not compared.
         repeats: Timed repeats after one warm-up.
         ruler: The clock.
+        checkpoint: Folder of the model, for other engines.
 
     Raises:
         UnknownNameError: No such method.
+        InvalidInputError: Another engine is not installed, there is no folder for it, or it was
+            asked to sample.
+        IsthmusError: Another engine failed.
     """
     ids = [torch.tensor([list(p)], dtype=torch.int64) for p in prompts]
     contestants = {name: Contestant(name) for name in methods}
-    runs = {
-        name: _run(model, contestants[name], ids, max_new_tokens, temperature) for name in methods
-    }
-    timings = (ruler or Ruler()).compare(runs, repeats=repeats)
+    ruler = ruler or Ruler()
+    with ExitStack() as workers:
+        runs = {}
+        for name, contestant in contestants.items():
+            engine = peers.parse(name)
+            if engine is None:
+                contestant.precision = str(model.target.dtype).removeprefix("torch.")
+                runs[name] = _run(model, contestant, ids, max_new_tokens, temperature)
+                continue
+            if checkpoint is None or temperature > 0:
+                raise InvalidInputError(
+                    f"{name} decodes greedily from the folder of a checkpoint; give one as the "
+                    "model, and temperature 0"
+                )
+            worker = peers.Worker(*engine, checkpoint, threads=torch.get_num_threads())
+            workers.enter_context(worker)
+            contestant.precision, contestant.about = engine[1], worker.about
+            runs[name] = _run_worker(worker, contestant, prompts, max_new_tokens)
+        if any(contestant.about for contestant in contestants.values()):
+            ruler = replace(ruler, progress=_settling(ruler.progress))
+        timings = ruler.compare(runs, repeats=repeats)
     first = contestants[methods[0]]
     for name, contestant in contestants.items():
         contestant.median_s = timings[name].median_s
         contestant.speedup = ratio(timings[methods[0]], timings[name])
-        pairs = zip(contestant.tokens, first.tokens, strict=True)
+        pairs = list(zip(contestant.tokens, first.tokens, strict=True))
         contestant.same = sum(a == b for a, b in pairs)
+        before = sum(_common(a, b) for a, b in pairs)
+        contestant.agreeing = before / max(1, first.new_tokens)
     return list(contestants.values())
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Tokens before the first difference."""
+    pairs = zip(a, b, strict=False)
+    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
+
+
+def _settling(
+    progress: Callable[[str, int, int], None] | None,
+) -> Callable[[str, int, int], None]:
+    """The same report, and time for other processes to come to rest."""
+
+    def report(name: str, done: int, total: int) -> None:
+        if progress is not None:
+            progress(name, done, total)
+        time.sleep(SETTLE_S)
+
+    return report
+
+
+def _run_worker(
+    worker: peers.Worker, out: Contestant, prompts: Sequence[Sequence[int]], budget: int
+) -> Callable[[], None]:
+    def run() -> None:
+        start = time.perf_counter()
+        answers = [worker.generate(list(prompt), budget) for prompt in prompts]
+        out.tokens = [tokens for tokens, _ in answers]
+        out.overhead = 1 - sum(s for _, s in answers) / (time.perf_counter() - start)
+
+    return run
 
 
 def repeats_itself(tokens: Sequence[int], size: int = 8, times: int = 3) -> bool:

@@ -9,7 +9,8 @@
 package; its drafts ``pycode-s`` and ``pycode-xs`` share its tokenizer and take minutes to train.
 So do the models of generated tasks, which are marked on held-out problems: ``sums-l`` solves
 nearly all of them and ``sums-s`` about every other one; ``dates`` is an encoder-decoder;
-``korean`` reads code out in a language that its tokenizer shatters.
+``korean`` reads code out in a language that its tokenizer shatters. ``pycode-100m`` and
+``pycode-500m`` are not trained but grown (:mod:`isthmus.workbench.grown`).
 From the command line: ``python -m isthmus.workbench.reference pycode-s``.
 """
 
@@ -50,6 +51,7 @@ from isthmus.folders import cache_folder, check_replaceable, published, writable
 from isthmus.workbench import korean, pycode
 from isthmus.workbench._tasks import MARKED, DatesCourse, PromptCourse, TaskRecipe
 from isthmus.workbench._training import Progress, Recipe, Trainer, build, evaluate, pack
+from isthmus.workbench.grown import GROWTHS, grown
 from isthmus.workbench.tokenizer import end_id, load_tokenizer, train_tokenizer
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -175,7 +177,10 @@ _MAKERS = (
 )
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType({recipe.name: recipe for recipe in _MAKERS})
-"""All reference models by name."""
+"""All reference models that are trained, by name."""
+
+NAMES = (*RECIPES, *GROWTHS)
+"""All reference models."""
 
 MARKS = ("recipe.json", "tokenizer.json")
 """Files that tell a folder of a reference model."""
@@ -206,12 +211,13 @@ def reference(name: str, progress: bool = True) -> Path:
     """Return the folder of a reference model, training it first if need be.
 
     Args:
-        name: A name in `RECIPES`.
+        name: A name in `NAMES`.
         progress: Show a progress bar while training, if standard error is a terminal.
 
     Returns:
-        A folder with a transformers checkpoint (bf16), its tokenizer, ``recipe.json`` and
-        ``card.json`` (held-out loss, tokens seen, seconds, machine, versions, corpus digest).
+        A folder with a transformers checkpoint (bf16), its tokenizer, ``card.json`` (held-out
+        loss, tokens seen, seconds, machine, versions, corpus digest) and, of a trained model,
+        ``recipe.json``.
 
     Raises:
         UnknownNameError: There is no such model.
@@ -219,8 +225,11 @@ def reference(name: str, progress: bool = True) -> Path:
         IsthmusError: This interpreter has no standard-library source to train on.
         KeyboardInterrupt: Training was interrupted; the next call goes on from there.
     """
-    if name not in RECIPES:
-        raise UnknownNameError("reference model", name, RECIPES)
+    if name not in NAMES:
+        raise UnknownNameError("reference model", name, NAMES)
+    if name in GROWTHS:
+        growth = GROWTHS[name]
+        return grown(growth, reference(growth.base, progress))
     recipe = RECIPES[name]
     if _is_complete(EMBEDDED / name, recipe):
         return EMBEDDED / name
