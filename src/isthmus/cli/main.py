@@ -58,6 +58,11 @@ bench.command(
     name="guide",
     help="Which drafter fits a model and its texts, measured before it is advised.",
 )
+bench.command(
+    "isthmus.cli.bench:roofline",
+    name="roofline",
+    help="Forwards of a model beside the least time that this machine allows.",
+)
 app.command(bench)
 
 

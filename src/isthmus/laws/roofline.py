@@ -160,7 +160,7 @@ class Roof:
 
     def ridge(self, dtype: str) -> float:
         """FLOPs per byte above which arithmetic decides, data in main memory."""
-        return self.peak(dtype).best / self.memory.median
+        return self.peak(dtype).best / self.memory.best
 
     def attainable(self, intensity: float, dtype: str) -> float:
         """FLOP/s that work of an intensity in FLOPs per byte can reach, data in main memory."""

@@ -1,0 +1,1 @@
+"""Laws: what a measurement lets a user decide."""
