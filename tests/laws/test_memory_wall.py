@@ -49,7 +49,7 @@ def test_encoder_and_decoder_are_of_equal_size_and_read_alike() -> None:
     assert a.work.intensity > 20 * wall.generate(writer, 256).work.intensity
     ids = torch.ones(1, 8, dtype=torch.int64)
     states = untrained.encoding(reader, 8)()
-    assert torch.equal(states[0], reader(ids)[0])  # type: ignore[index]
+    assert torch.equal(states[0], reader(ids)[0])
 
 
 def test_the_middle_step_stands_for_all() -> None:
@@ -65,7 +65,7 @@ def test_what_is_timed_is_greedy_decoding() -> None:
     run = untrained.generating(model.target, 6, 4)
     first, second = run(), run()
     want = model.generate([1, 1, 1, 1, 0], max_new_tokens=6, drafter="none", ignore_end=True)
-    assert [int(t) for t in first] == [int(t) for t in second] == want.tokens  # type: ignore[attr-defined]
+    assert [int(t) for t in first] == [int(t) for t in second] == want.tokens
 
 
 def test_changes_by_hand() -> None:

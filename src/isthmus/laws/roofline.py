@@ -23,7 +23,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +181,11 @@ class Roof:
         """What decides the least time of some work: ``"memory"`` or ``"compute"``."""
         arithmetic_s = work.flops / self.peak(dtype).best
         return "compute" if self.floor_s(work, dtype, size=size) <= arithmetic_s else "memory"
+
+    def without_wall(self) -> Roof:
+        """The same machine with a memory that costs nothing: what FLOPs alone predict."""
+        free = Reading(*[math.inf] * 4)
+        return replace(self, read=tuple((size, free) for size, _ in self.read))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

@@ -70,22 +70,31 @@ def encoder(
     return _made(lambda c: tf.BertModel(c, add_pooling_layer=False), config, seed)
 
 
-def encoding(model: Any, length: int) -> Callable[[], object]:
+def encoding(model: Any, length: int) -> Callable[[], Any]:
     """Run an encoder on ``length`` tokens."""
     ids = torch.ones(1, length, dtype=torch.int64)
 
-    def run() -> object:
+    def run() -> Any:
         with torch.no_grad():
             return model(ids)
 
     return run
 
 
-def generating(target: HubTarget, new: int, cached: int) -> Callable[[], object]:
-    """Write ``new`` tokens greedily, one by one, after ``cached`` ones; the same at each call."""
-    session = target.session(1)
-    session.prefill([torch.ones(cached, dtype=torch.int64)])
-    root = torch.zeros(1, 1, dtype=torch.int64)
+def generating(
+    target: HubTarget, new: int, cached: int, *, batch: int = 1
+) -> Callable[[], list[torch.Tensor]]:
+    """Write ``new`` tokens greedily, one by one, after ``cached`` ones; the same at each call.
+
+    Args:
+        target: The model.
+        new: Tokens of each row.
+        cached: Tokens of each row before them.
+        batch: Rows B.
+    """
+    session = target.session(batch)
+    session.prefill([torch.ones(cached, dtype=torch.int64)] * batch)
+    root = torch.zeros(batch, 1, dtype=torch.int64)
 
     def run() -> list[torch.Tensor]:
         tokens = [root]
@@ -93,7 +102,7 @@ def generating(target: HubTarget, new: int, cached: int) -> Callable[[], object]
             tree = TokenTree(tokens[-1], chain_topology(1))
             tokens.append(session.score(tree).logits.argmax(-1))
             session.keep(root)
-        session.truncate([cached])
+        session.truncate([cached] * batch)
         return tokens[1:]
 
     return run

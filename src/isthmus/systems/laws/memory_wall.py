@@ -11,7 +11,6 @@ Differs: The paper profiles BERT and GPT-2 on one server CPU; here models of bot
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -22,13 +21,10 @@ import transformers as tf
 from isthmus.claims import Claim, Gate, Row, Ruler, Scale, judge, ratio
 from isthmus.decoding.model import Model
 from isthmus.laws.opcount import Footprint, Work, count
-from isthmus.laws.roofline import Reading, Roof, measure, roofline
+from isthmus.laws.roofline import Roof, measure, roofline
 from isthmus.laws.trends import rank_correlation, read_table
 from isthmus.workbench import untrained
 from isthmus.workbench.untrained import encoding, generating
-
-FREE = Reading(*[math.inf] * 4)
-"""A memory that costs nothing."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +67,7 @@ class MemoryWall:
 
     def __init__(self, roof: Roof, settings: Settings | None = None) -> None:
         self.settings = settings or Settings()
-        self.roof = roof
-        if not self.settings.memory:
-            self.roof = replace(roof, read=tuple((size, FREE) for size, _ in roof.read))
+        self.roof = roof if self.settings.memory else roof.without_wall()
 
     def encode(self, model: Any, length: int) -> Phase:
         """Read ``length`` tokens at once, with an encoder or into a decoder's cache.
