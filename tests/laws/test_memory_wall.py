@@ -90,7 +90,13 @@ def test_a_planted_trend_is_found() -> None:
     for bad in ([1, 1, 1], [1, 2, 0], [1, 2, float("nan")]):
         with pytest.raises(InvalidInputError, match="three different years"):
             trend([2000, 2002, 2004] if bad != [1, 1, 1] else [2000, 2000, 2002], bad)
+
+
+def test_order_and_ties() -> None:
     assert rank_correlation([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(0.8)
+    assert rank_correlation([1, 2, 3], [9, 5, 2]) == pytest.approx(-1)
+    assert rank_correlation([1, 1, 2, 3], [1, 2, 3, 4]) == pytest.approx(0.9487, abs=1e-4)
+    assert rank_correlation([1, 1, 1], [1, 2, 3]) == 0.0
 
 
 def test_the_table_of_machines(tmp_path: Path) -> None:

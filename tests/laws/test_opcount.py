@@ -9,6 +9,7 @@ import torch
 import transformers as tf
 from torch import nn
 
+from isthmus.decoding.target import HubTarget
 from isthmus.errors import InvalidInputError
 from isthmus.laws.opcount import Footprint, Work, count, matmul, training
 
@@ -133,6 +134,22 @@ def test_the_footprint_by_hand() -> None:
     assert (llama.row_bytes, llama.cache_bytes) == (32 * 8, 2 * 2 * 2 * 8 * 8)
     assert llama.attention == 2 * 2 * 32
     assert llama.window is None and Footprint.of(tiny.target("Mistral")).window == 5
+
+
+def test_of_a_mixture_the_active_experts_count() -> None:
+    config = tf.MixtralConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=1,
+    )
+    found = Footprint.of(HubTarget(tf.MixtralForCausalLM(config).eval()))
+    expert, rest = 3 * 16 * 24, 4 * 16 * 16 + 4 * 16 + 3 * 16 + 32 * 16
+    assert found.weights == expert + rest, "one expert, attention, router, norms and head"
 
 
 @pytest.mark.parametrize("name", ["T5", "Bart"])

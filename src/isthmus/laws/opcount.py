@@ -233,11 +233,9 @@ class Footprint:
         experts = _active_experts(target.config)
         weights = weight_bytes = 0.0
         head = model.get_output_embeddings()
-        parts = [("", model.get_decoder())] if target.encoder_decoder else [("", model)]
-        parts += [("head", head)] if head is not None else []
         seen = set()
-        for prefix, part in parts:
-            for name, module in part.named_modules(prefix=prefix):
+        for part in (model.get_decoder(), *([head] if head is not None else [])):
+            for name, module in part.named_modules():
                 tables = isinstance(module, nn.Embedding)
                 for own, p in module.named_parameters(recurse=False):
                     path = f".{name}.{own}"

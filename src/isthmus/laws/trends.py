@@ -47,8 +47,8 @@ def trend(years: Sequence[float], values: Sequence[float], *, seed: int = 0) -> 
         InvalidInputError: There are fewer than three different years, or a value is not above 0.
 
     Example:
-        >>> trend([2000, 2002, 2004, 2006], [1, 3, 9, 27]).over(4)
-        9.0...
+        >>> round(trend([2000, 2002, 2004, 2006], [1, 3, 9, 27]).over(4), 6)
+        9.0
     """
     x, y = np.asarray(years, dtype=float), np.asarray(values, dtype=float)
     if len(set(years)) < 3 or len(x) != len(y) or not (np.isfinite(y).all() and y.min() > 0):
@@ -88,11 +88,16 @@ def read_table(path: str | Path = TABLE) -> dict[str, Trend]:
 
 
 def rank_correlation(a: Iterable[float], b: Iterable[float]) -> float:
-    """Spearman's rank correlation of values without ties.
+    """Spearman's rank correlation, ties sharing their rank; 0 where a list has no order at all.
 
     Example:
-        >>> rank_correlation([1, 2, 9], [10, 40, 41]), rank_correlation([1, 2], [2, 1])
-        (1.0, -1.0)
+        >>> round(rank_correlation([1, 2, 3, 4], [10, 30, 20, 40]), 6)
+        0.8
     """
-    ranks = [np.argsort(np.argsort(list(values))) for values in (a, b)]
+    ranks = []
+    for values in (a, b):
+        x = np.array(list(values), dtype=float)
+        ranks.append((x[:, None] > x).sum(1) + (x[:, None] >= x).sum(1))
+    if any(len(set(each)) < 2 for each in ranks):
+        return 0.0
     return float(np.asarray(np.corrcoef(ranks))[0, 1])

@@ -72,7 +72,7 @@ def encoder(
 
 def encoding(model: Any, length: int) -> Callable[[], Any]:
     """Run an encoder on ``length`` tokens."""
-    ids = torch.ones(1, length, dtype=torch.int64)
+    ids = torch.ones(1, length, dtype=torch.int64, device=model.device)
 
     def run() -> Any:
         with torch.no_grad():
@@ -94,7 +94,7 @@ def generating(
     """
     session = target.session(batch)
     session.prefill([torch.ones(cached, dtype=torch.int64)] * batch)
-    root = torch.zeros(batch, 1, dtype=torch.int64)
+    root = torch.zeros(batch, 1, dtype=torch.int64, device=target.device)
 
     def run() -> list[torch.Tensor]:
         tokens = [root]
