@@ -115,6 +115,7 @@ def test_this_machine(quick: None) -> None:
     roof = measure(dtypes=["float32"], budget_s=0.3)
     assert roof.kind == "cpu" and roof.threads == torch.get_num_threads() and roof.device
     assert 1e7 < roof.memory.median < 1e13 and 1e6 < roof.peak("float32").median < 1e15
+    assert roof.bandwidth(1).best >= roof.memory.best, "less is never read slower"
     assert roof.memory.low <= roof.memory.median <= roof.memory.high
     assert 1e-8 < roof.launch_s < 1e-2
     a = torch.ones(64, 64)

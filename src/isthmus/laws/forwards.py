@@ -84,9 +84,9 @@ def forwards(
     Raises:
         InvalidInputError: A cache is longer than the model's context.
     """
-    most = (target.max_length or 10**9) - ROOM
-    lengths = list(cached) or [s for s in CACHED if s <= most] or [max(1, most)]
-    if not 1 <= min(lengths) <= max(lengths) <= max(1, most):
+    most = max(1, (target.max_length or 10**9) - ROOM)
+    lengths = list(cached) or [s for s in CACHED if s <= most] or [most]
+    if not 1 <= min(lengths) <= max(lengths) <= most:
         raise InvalidInputError(
             f"this model has room for 1 to {most} cached tokens and a tree after them, got "
             f"{', '.join(map(str, lengths))}"
