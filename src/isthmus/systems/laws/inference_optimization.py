@@ -44,6 +44,16 @@ TRIED = 3
 """Best predictions that are measured before advice is given."""
 
 
+ADVISED = (
+    "batch of 8",
+    "half the layers",
+    "half the width",
+    "a quarter of the kv heads",
+    "16-bit weights",
+)
+"""Techniques that are not in place and work on one and the same model."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """Settings.
@@ -241,9 +251,9 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
     predicted[name], blind[name] = (spec.predict(g) for g in (guide, flops_only))
     gains[name], notes[name] = spec.gain, spec.note
 
-    order = sorted(_ADVISED, key=lambda n: -predicted[n])
+    order = sorted(ADVISED, key=lambda n: -predicted[n])
     advised = max(order[:TRIED], key=lambda n: gains[n])
-    reached = gains[advised] / max(gains[n] for n in _ADVISED)
+    reached = gains[advised] / max(gains[n] for n in ADVISED)
     ranks = [rank_correlation(p.values(), gains.values()) for p in (predicted, blind)]
     right = sum((predicted[n] > 1) == (gains[n] > 1) for n in gains)
     formula = spec.expected / spec.tokens_a_pass
@@ -297,16 +307,6 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
         gates=(*gates, direction),
         seeds=(0,),
     )
-
-
-_ADVISED = (
-    "batch of 8",
-    "half the layers",
-    "half the width",
-    "a quarter of the kv heads",
-    "16-bit weights",
-)
-"""Techniques that are not in place and work on one and the same model."""
 
 
 @dataclass(frozen=True)
