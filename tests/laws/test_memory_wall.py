@@ -11,9 +11,9 @@ from test_roofline import ROOF
 from isthmus.claims import Ruler
 from isthmus.decoding.model import Model
 from isthmus.errors import BrokenFileError, InvalidInputError
-from isthmus.laws.opcount import Footprint
+from isthmus.laws.opcount import Footprint, count
 from isthmus.laws.trends import TABLE, rank_correlation, read_table, trend
-from isthmus.systems.laws.memory_wall import MemoryWall, Settings, claim
+from isthmus.systems.laws.memory_wall import MemoryWall, Settings, claim, reading
 from isthmus.workbench import untrained
 
 FLAT = replace(ROOF, read=ROOF.read[-1:], launch_s=0.0)
@@ -66,6 +66,13 @@ def test_what_is_timed_is_greedy_decoding() -> None:
     first, second = run(), run()
     want = model.generate([1, 1, 1, 1, 0], max_new_tokens=6, drafter="none", ignore_end=True)
     assert [int(t) for t in first] == [int(t) for t in second] == want.tokens
+
+
+def test_reading_touches_every_weight_of_a_step_once() -> None:
+    model = untrained.decoder(192, 1)
+    read = count(reading(model, 3))
+    assert read.flops == 0
+    assert read.bytes == pytest.approx(3 * Footprint.of(Model(model).target).weight_bytes, rel=1e-3)
 
 
 def test_changes_by_hand() -> None:

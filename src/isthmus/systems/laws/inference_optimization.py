@@ -43,7 +43,6 @@ CHAIN = 4
 TRIED = 3
 """Best predictions that are measured before advice is given."""
 
-
 ADVISED = (
     "batch of 8",
     "half the layers",

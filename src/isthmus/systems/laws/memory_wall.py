@@ -26,7 +26,6 @@ from isthmus.laws.trends import rank_correlation, read_table
 from isthmus.workbench import untrained
 from isthmus.workbench.untrained import encoding, generating
 
-
 READS = 16
 """The weights are read for one token in so many that are generated, to save time."""
 
