@@ -309,3 +309,96 @@ def guide(
     for name, why in advice.excluded.items():
         screen.print(f"  not {name}: {why}")
     return 0
+
+
+def roofline(
+    *,
+    model: Annotated[str, Parameter(name=["--model", "-m"])] = "",
+    cached: tuple[int, ...] = (),
+    dtype: str = "auto",
+    device: str = "auto",
+    figure: Path | None = None,
+    json: bool = False,
+) -> int:
+    """Measure what this machine can do, and how near the forwards of a model come to it.
+
+    The floor of a forward is the time of reading the weights and the cache once, or of
+    multiplying them, whichever is longer. Where a forward takes more than twice its floor, the
+    rest is called overhead.
+
+    Args:
+        model: Folder or hub id of a checkpoint, or a reference model; default the embedded one.
+        cached: Cached tokens that forwards are timed on; give several times. Default: 128, 512 and
+            2048, as far as the model's context goes.
+        dtype: auto, float32, bfloat16, float16 or float64.
+        device: auto, cpu, cuda ...
+        figure: Draw the roof and the forwards under it: a .png, .svg or .pdf file.
+        json: Print one JSON object and nothing else on standard output.
+    """
+    quiet_transformers()
+    from isthmus.api import load
+    from isthmus.laws.forwards import check_picture, draw, forwards
+    from isthmus.laws.roofline import dtype_name, roof_of
+
+    if figure is not None:
+        check_picture(figure)
+    target = load(model, dtype=dtype, device=device).target
+    number, name = dtype_name(target.dtype), model or "embedded model"
+    with console(stderr=True).status("measuring the machine") as status:
+        roof = roof_of(target.device, fresh=True)
+        status.update("timing forwards")
+        found = forwards(target, roof, cached=cached)
+    if figure is not None:
+        draw(figure, roof, found, number, title=f"{name}, {number}, on {roof.device}")
+    if json:
+        from isthmus.claims import Provenance
+
+        rows = [each.to_dict() for each in found]
+        machine = roof.to_dict() | {"ridge": roof.ridge(number)}
+        print_json(
+            {
+                "model": model or "embedded",
+                "dtype": number,
+                "machine": machine,
+                "forwards": rows,
+                "provenance": vars(Provenance.gather()),
+            }
+        )
+        return 0
+    from rich.table import Table
+
+    screen = console()
+    screen.print(f"{roof.device}, {roof.threads} threads, torch {roof.torch}")
+    lines = [(f"read {_size(size)} again and again", rate, "GB/s") for size, rate in roof.read] + [
+        (f"multiply {kind}", rate, "GFLOP/s") for kind, rate in roof.products.items()
+    ]
+    for what, rate, unit in lines:
+        screen.print(
+            f"  {what}: {rate.best / 1e9:.1f} {unit}, quartiles {rate.low / 1e9:.1f} to "
+            f"{rate.high / 1e9:.1f}{', noisy' if rate.noisy else ''}"
+        )
+    screen.print(f"  start an operation: {1e6 * roof.launch_s:.2f} us")
+    screen.print(f"  memory decides below {roof.ridge(number):.1f} FLOP per byte in {number}")
+    if roof.noisy:
+        screen.print("  other programs were using this machine; take all of this with care")
+    table = Table(title=f"{name}, {number}, {_size(found[0].work.bytes)} a token")
+    for heading in ("cached", "nodes", "floor ms", "measured ms", "efficiency"):
+        table.add_column(heading, justify="right")
+    table.add_column("what binds")
+    for row in found:
+        table.add_row(
+            str(row.cached),
+            str(row.nodes),
+            f"{row.floor_ms:.2f}",
+            f"{row.measured_ms:.2f}",
+            f"{row.efficiency:.0%}",
+            row.binds,
+            end_section=row.nodes == 64,
+        )
+    screen.print(table)
+    return 0
+
+
+def _size(count: float) -> str:
+    """A number of bytes for people."""
+    return f"{count / 2**20:.3g} MiB" if count < 2**30 else f"{count / 2**30:.3g} GiB"

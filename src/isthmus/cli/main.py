@@ -63,6 +63,11 @@ bench.command(
     name="peers",
     help="Other engines to compare with: which are installed, and installing one.",
 )
+bench.command(
+    "isthmus.cli.bench:roofline",
+    name="roofline",
+    help="Forwards of a model beside the least time that this machine allows.",
+)
 app.command(bench)
 
 

@@ -1,0 +1,1 @@
+"""Laws: measured relations that let a user decide before spending."""
