@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from isthmus.decoding.cost import Cost
 from isthmus.decoding.goodput import Fit, Means
 from isthmus.decoding.tree import TokenTree, stack
-from isthmus.roles import PLAIN, Context, Drafter, Shape, Step, Target
+from isthmus.roles import PLAIN, Context, Drafter, Extendable, Shape, Step, Target
 
 SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Draft nodes to choose from."""
@@ -42,6 +42,11 @@ class Fixed:
         """See :class:`isthmus.roles.Policy`."""
         if self.drafter is not None:
             self.drafter.begin(context, target, **inputs)
+
+    def extend(self, context: Context, target: Target, **inputs: Any) -> None:
+        """Pass the rows on."""
+        if self.drafter is not None:
+            cast(Extendable, self.drafter).extend(context, target, **inputs)
 
     def decide(self, context: Context, limit: Shape) -> tuple[Drafter | None, Shape]:
         """The fixed choice within the limit."""
@@ -71,6 +76,7 @@ class Cut:
     def __init__(self, drafter: Drafter) -> None:
         self.drafter, self.name = drafter, drafter.name
         self.begin, self.observe, self.select = drafter.begin, drafter.observe, drafter.select
+        self.extend: Any = getattr(drafter, "extend", None)
         self.lengths: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
 
     def propose(self, context: Context, shape: Shape) -> TokenTree:
