@@ -1,17 +1,20 @@
 """``isthmus generate --input``: a file of prompts as a person meets it."""
 
 import importlib.util
+import io
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from isthmus.cli.main import main
 from isthmus.decoding.jobs import Journal, read_lines
 from isthmus.errors import BrokenFileError, InvalidInputError, IsthmusError, MismatchError
 
@@ -22,10 +25,28 @@ ROWS: list[dict[str, Any]] = [
 ]
 
 
-def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*COMMAND, *arguments], input=stdin, capture_output=True, text=True, timeout=300
-    )
+@dataclass
+class Done:
+    """What a command left behind."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Call ``isthmus generate`` in this process, which has paid for its imports."""
+
+    def call(*arguments: str, stdin: str = "") -> Done:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        code = main(["generate", *arguments])
+        return Done(code, *capsys.readouterr())
+
+    return call
 
 
 def text_of(rows: list[dict[str, Any]]) -> str:
@@ -36,7 +57,7 @@ def rows_of(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_answers_come_in_order_and_are_those_of_single_prompts(tmp_path: Path) -> None:
+def test_answers_come_in_order_and_are_those_of_single_prompts(run: Run, tmp_path: Path) -> None:
     source, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     source.write_text(text_of(ROWS))
     done = run("-i", str(source), "-o", str(output), "--batch-size", "3", "-d", "prompt-lookup")
@@ -55,7 +76,7 @@ def test_answers_come_in_order_and_are_those_of_single_prompts(tmp_path: Path) -
     assert again.returncode == 2 and "is there already" in again.stderr
 
 
-def test_an_interrupted_job_goes_on_and_ends_as_if_nothing_had_been(tmp_path: Path) -> None:
+def test_an_interrupted_job_goes_on_as_if_nothing_had_been(run: Run, tmp_path: Path) -> None:
     source, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     part = tmp_path / "answers.jsonl.part"
     rows = [{"prompt": f"class C{i}:\n", "max_new_tokens": 4 if i < 3 else 400} for i in range(5)]
@@ -92,7 +113,7 @@ def test_an_interrupted_job_goes_on_and_ends_as_if_nothing_had_been(tmp_path: Pa
         assert found[row["line"] - 1] == {k: v for k, v in row.items() if k != "line"}
 
 
-def test_one_bad_prompt_does_not_stop_the_others(tmp_path: Path) -> None:
+def test_one_bad_prompt_does_not_stop_the_others(run: Run) -> None:
     rows = [{"prompt": "x = 1\n"}, {"prompt": "x = 1\n" * 3000}, {"prompt": "y = 2\n"}]
     done = run("-i", "-", "-n", "4", "-d", "none", stdin=text_of(rows))
     assert done.returncode == 2 and "1 of 3 lines could not be answered: 2" in done.stderr
@@ -121,7 +142,7 @@ def test_bad_lines_are_named_by_number(text: str, message: str) -> None:
         read_lines(text.splitlines(), "prompts.jsonl")
 
 
-def test_bad_options_are_one_line(tmp_path: Path) -> None:
+def test_bad_options_are_one_line(run: Run, tmp_path: Path) -> None:
     source = tmp_path / "prompts.jsonl"
     source.write_text(text_of(ROWS))
     for arguments, word in (
@@ -172,14 +193,14 @@ def test_the_journal_repairs_its_last_line_and_nothing_else(tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="ray is installed")
-def test_without_ray_the_command_to_install_it_is_named() -> None:
+def test_without_ray_the_command_to_install_it_is_named(run: Run) -> None:
     done = run("-i", "-", "--engine", "ray", stdin=text_of(ROWS))
     assert done.returncode == 2 and "pip install 'isthmus[scale]'" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
-def test_two_workers_of_a_cluster_give_the_same_answers(tmp_path: Path) -> None:
+def test_two_workers_of_a_cluster_give_the_same_answers(run: Run, tmp_path: Path) -> None:
     source, outputs = tmp_path / "prompts.jsonl", (tmp_path / "a.jsonl", tmp_path / "b.jsonl")
     source.write_text(text_of(ROWS))
     shared = ["-i", str(source), "-d", "none", "--temperature", "1", "--seed", "3"]
@@ -187,4 +208,4 @@ def test_two_workers_of_a_cluster_give_the_same_answers(tmp_path: Path) -> None:
         done = run(*shared, *more, "-o", str(output))
         assert done.returncode == 0, done.stderr
     assert outputs[0].read_text() == outputs[1].read_text()
-    assert os.listdir(tmp_path) and not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob("*.part"))

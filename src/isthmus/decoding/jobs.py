@@ -299,6 +299,7 @@ class Journal:
             if self._file is None:
                 self._file = self.path.open("ab")
                 self._file.truncate(self._length)  # a half-written line is written again
+                self._file.seek(self._length)
                 if not self._length:
                     self._write(self._header)
             place = self._file.tell()
