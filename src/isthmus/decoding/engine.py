@@ -273,12 +273,13 @@ class _Loop:
         fresh = list(islice(self.line, free))
         if not fresh:
             return
+        start = time.perf_counter()
         first, self.admitted = self.admitted, self.admitted + len(fresh)
         for index, request in enumerate(fresh, first):
             check_prompt(request, self.target.max_length)
             request.result.prompt_tokens = len(request.prompt)
             request.result.lossless = self.acceptance.lossless
-            self.requests[index], self.since[index] = request, time.perf_counter()
+            self.requests[index], self.since[index] = request, start
         inputs: dict[str, Any] = {}
         if self.inputs is None:
             inputs = collate([request.inputs for request in fresh])
@@ -290,11 +291,12 @@ class _Loop:
         context = self.rows(range(first, self.admitted))
         context.session = self.target.session(len(fresh), **inputs)
         self.newcomers = _Newcomers(context, inputs)
+        self.spend([*self.working(), *context.requests], prefill=time.perf_counter() - start)
 
     def prefill(self, newcomers: _Newcomers) -> None:
         """Read on in the prompts of the newcomers; whose prompt is read joins the batch."""
         start, context, new = time.perf_counter(), self.context, newcomers.context
-        waiting = [*(context.requests[b] for b in self.alive()), *new.requests]
+        waiting = [*self.working(), *new.requests]
         if not context.batch:
             newcomers.prefill(None, self.taps)
             self.context, self.newcomers = new, None
@@ -328,6 +330,10 @@ class _Loop:
         requests = enumerate(self.context.requests)
         return [b for b, r in requests if not self.requests[r].result.finish_reason]
 
+    def working(self) -> list[int]:
+        """Requests in the batch that are not finished yet."""
+        return [self.context.requests[b] for b in self.alive()]
+
     def limit(self) -> Shape:
         """What the budget, the context and the target's reach leave room for."""
         if self.target.reach == "step":
@@ -346,7 +352,7 @@ class _Loop:
     def round(self) -> list[tuple[int, list[int]]]:
         clock, context, session = time.perf_counter, self.context, self.context.session
         assert session is not None
-        working = [context.requests[b] for b in self.alive()]
+        working = self.working()
         t0 = clock()
         limit = self.limit()
         drafter, shape = self.policy.decide(context, limit)
