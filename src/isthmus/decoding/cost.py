@@ -183,7 +183,7 @@ def measure_cost(
         trees[n] = tree.to(target.device)
     samples: dict[int, list[float]] = {n: [] for n in nodes}
     nothing = torch.full((rows, 1), -1, device=target.device)
-    begin = time.perf_counter()
+    begin, alone = time.perf_counter(), math.inf
     for repeat in range(12):
         for n, tree in trees.items():
             if target.device.type == "cuda":
@@ -192,13 +192,15 @@ def measure_cost(
             session.score(tree)
             if target.device.type == "cuda":
                 torch.cuda.synchronize(target.device)
+            seconds = time.perf_counter() - start
             if repeat or n != nodes[0]:
-                samples[n].append(time.perf_counter() - start)
+                samples[n].append(seconds)
             if target.recurrent:
                 session.keep(torch.zeros(1, 1, dtype=torch.int64))
             else:
                 session.keep(nothing)
-            if rows > 1 and n > 1 and samples[n][-1] > DEAREST * max(samples[1], default=math.inf):
+            alone = seconds if n == nodes[0] else alone
+            if rows > 1 and seconds > DEAREST * alone:
                 trees = {k: tree for k, tree in trees.items() if k <= n}
                 break
         if repeat and time.perf_counter() - begin > budget_s:
