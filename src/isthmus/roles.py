@@ -102,12 +102,13 @@ class Context:
         law: The sampling law of this request; a drafter that samples draws from its own logits
             through the same law.
         generator: Source of every random draw.
-        requests: Which request each row serves; rows leave the batch as they finish.
+        requests: Which request each row serves; rows leave the batch as they finish, and others
+            may take their place.
         noise: Set under coupled acceptance: ``noise(request, position, vocab_size)`` gives the
             Gumbel noise [V] that decides the token at that position, shared by drafter and target.
         features: The target's inner states of its last forward, where somebody taps them: at
             ``begin`` those of the prompt without its root, padded at the end; afterwards those of
-            the tree that was just scored.
+            the tree that was just scored. None at ``extend``.
         session: The target at work, for drafters that read its cache.
     """
 
@@ -222,6 +223,10 @@ class Session(Protocol):
         """Return a session that holds copies of the given rows, in that order."""
         ...
 
+    def join(self, other: Session) -> Session:
+        """Return a session of the same target that holds copies of the rows of both, own first."""
+        ...
+
 
 @runtime_checkable
 class Target(Protocol):
@@ -285,6 +290,18 @@ class Drafter(Protocol):
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep only the given rows of the batch."""
+        ...
+
+
+@runtime_checkable
+class Extendable(Protocol):
+    """A drafter or a policy that takes in new requests while others are at work.
+
+    Without it, new requests wait until the batch is empty and ``begin`` is called again.
+    """
+
+    def extend(self, context: Context, target: Target, **inputs: Any) -> None:
+        """Start on more rows, which follow those at work; ``context`` holds the new ones alone."""
         ...
 
 

@@ -63,7 +63,7 @@ class Timed:
         self.begin, self.decide, self.select = policy.begin, policy.decide, policy.select
 
     def observe(self, step: Step, drafter: Any) -> None:
-        seconds = self.policy.cost(step.tree.nodes * step.tree.batch)
+        seconds = self.policy.costs.of(step.tree.batch)(step.tree.nodes)
         self.policy.observe(replace(step, draft_s=0.0, score_s=seconds), drafter)
 
 

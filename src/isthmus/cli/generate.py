@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -16,7 +16,9 @@ def generate(
     prompt: str = "",
     /,
     *,
-    file: Annotated[Path | None, Parameter(name=["--file", "-f"])] = None,
+    file: Annotated[
+        Path | None, Parameter(name=["--file", "-f"], allow_leading_hyphen=True)
+    ] = None,
     model: Annotated[str, Parameter(name=["--model", "-m"])] = "",
     drafter: Annotated[str, Parameter(name=["--drafter", "-d"])] = "auto",
     draft_model: str = "",
@@ -33,11 +35,25 @@ def generate(
     device: str = "auto",
     exact: bool = False,
     json: bool = False,
+    input: Annotated[
+        Path | None, Parameter(name=["--input", "-i"], allow_leading_hyphen=True)
+    ] = None,
+    output: Annotated[Path, Parameter(name=["--output", "-o"], allow_leading_hyphen=True)] = Path(
+        "-"
+    ),
+    batch_size: int = 16,
+    engine: Literal["local", "ray"] = "local",
+    workers: int = 0,
 ) -> int:
     """Write text with a model, faster than plain decoding and with the same output.
 
     The prompt comes from the argument, from --file, or from standard input. Text is streamed as it
     is accepted; one line of statistics follows on standard error.
+
+    With --input, every line of a file is answered, many at a time: {"prompt": "..."}, and where
+    wanted "id", "max_new_tokens" and "seed". Answers are kept in OUTPUT.part as they finish, so
+    that the same command goes on after an interruption, and appear as OUTPUT in the order of the
+    input when all are there.
 
     Args:
         prompt: Text to continue (for encoder-decoder models: the source text).
@@ -60,12 +76,13 @@ def generate(
         device: auto, cpu, cuda, cuda:1 ...
         exact: The same numbers bit for bit, whoever drafts; slower where there is no fast forward.
         json: Print one JSON object and nothing else on standard output.
+        input: Answer the prompts of a file of JSON lines; "-" is standard input.
+        output: Where the answers of --input go; "-" is standard output.
+        batch_size: Prompts of --input that are decoded together at most.
+        engine: local, or ray: the prompts of --input are spread over a Ray cluster, the one at
+            RAY_ADDRESS or one on this machine.
+        workers: Workers of the cluster; 0 is one for each GPU, or one for each machine.
     """
-    text = _prompt(prompt, file)
-    quiet_transformers()
-    from isthmus.api import load
-
-    loaded = load(model, dtype=dtype, device=device, draft_model=draft_model, exact=exact)
     options: dict[str, Any] = {
         "drafter": drafter,
         "num_draft_tokens": num_draft_tokens,
@@ -78,6 +95,35 @@ def generate(
         "stop": list(stop),
         "seed": seed,
     }
+    places: dict[str, Any] = {
+        "dtype": dtype,
+        "device": device,
+        "draft_model": draft_model,
+        "exact": exact,
+    }
+    if input is not None:
+        if prompt or file is not None or json:
+            raise InvalidInputError("with --input, give no prompt, no --file and no --json")
+        if exact and batch_size > 1:
+            raise InvalidInputError("--exact holds for one row at a time; add --batch-size 1")
+        from isthmus.cli.batch import answer_file
+
+        return answer_file(
+            input,
+            output,
+            engine=engine,
+            workers=workers,
+            batch_size=batch_size,
+            load={"source": model, **places},
+            options=options,
+        )
+    if str(output) != "-" or engine != "local":
+        raise InvalidInputError("--output and --engine go with --input, a file of prompts")
+    text = _prompt(prompt, file)
+    quiet_transformers()
+    from isthmus.api import load
+
+    loaded = load(model, **places)
     shown, code = 0, 0
     try:
         for piece in loaded.stream(text, **options):

@@ -13,6 +13,7 @@ residual that sums to nothing means p and q agree, and then the draw is from p.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 
@@ -302,6 +303,10 @@ def _at(table: torch.Tensor, node: torch.Tensor) -> torch.Tensor:
     return table[torch.arange(len(node), device=node.device), node]
 
 
+MOST_NOISE = 2**24
+"""Numbers of shared noise that are kept: 64 MiB."""
+
+
 class Coupled:
     """Drafter-invariant sampling: the text depends on the seed, not on who drafted.
 
@@ -311,12 +316,13 @@ class Coupled:
 
     Args:
         seed: Key of the noise.
+        own: Seeds of single requests, whose noise is keyed on theirs and the position alone.
     """
 
     lossless = True
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+    def __init__(self, seed: int, own: Mapping[int, int] | None = None) -> None:
+        self.seed, self.own = seed, {} if own is None else own
         self._noise: dict[tuple[int, int, int], torch.Tensor] = {}
 
     def noise(self, request: int, position: int, vocab: int) -> torch.Tensor:
@@ -324,11 +330,12 @@ class Coupled:
         key = (request, position, vocab)
         if key not in self._noise:
             # a counter-based key: any position can be drawn in any order
-            mixed = (self.seed * 1_000_003 + request) * 1_000_003 + position
+            alone = (self.own[request], 0) if request in self.own else (self.seed, request)
+            mixed = (alone[0] * 1_000_003 + alone[1]) * 1_000_003 + position
             generator = torch.Generator().manual_seed(mixed & 0x7FFF_FFFF_FFFF)
             u = torch.rand(vocab, generator=generator, dtype=torch.float64)
             gumbel = -torch.log(-torch.log(u.clamp(min=1e-300)))
-            if len(self._noise) > 4096:
+            if len(self._noise) * vocab > MOST_NOISE:
                 self._noise.clear()
             self._noise[key] = gumbel.float()
         return self._noise[key]

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from isthmus.errors import MismatchError
+
 SLACK = 64
 """Dead slots that do not yet make compaction worth its copy."""
 
@@ -91,6 +93,21 @@ class Arena:
         twin = object.__new__(Arena)
         twin.keys = self.keys.index_select(1, rows)
         twin.values = self.values.index_select(1, rows)
+        return twin
+
+    def join(self, other: Arena, used: tuple[int, int]) -> Arena:
+        """A copy that holds the rows of both, of which the given numbers of slots are in use."""
+        twin = object.__new__(Arena)
+        capacity, first = max(self.capacity, other.capacity), self.keys.shape[1]
+        for name in ("keys", "values"):
+            old, more = getattr(self, name), getattr(other, name)
+            layers, rows, heads, _, width = old.shape
+            new = old.new_empty(layers, rows + more.shape[1], heads, capacity, width)
+            # a slot that no mask lets through must still hold a number
+            new[:, :, :, : max(used)] = 0
+            new[:, :first, :, : used[0]] = old[:, :, :, : used[0]]
+            new[:, first:, :, : used[1]] = more[:, :, :, : used[1]]
+            setattr(twin, name, new)
         return twin
 
 
@@ -278,12 +295,39 @@ class SlotCache:
     def select(self, rows: Sequence[int]) -> SlotCache:
         """A copy that holds the given rows."""
         index = torch.tensor(list(rows), device=self.pos.device)
-        twin = object.__new__(SlotCache)
-        twin.layout, twin._place, twin.device = self.layout, self._place, self.device
-        twin.arenas = [arena.select(index) for arena in self.arenas]
+        twin = self._twin([arena.select(index) for arena in self.arenas])
         twin.used, twin.dense = self.used, self.dense
         twin.lengths = [self.lengths[r] for r in rows]
         twin.pos, twin.live = self.pos.index_select(0, index), self.live.index_select(0, index)
-        twin.hub = Cache(layers=[SlotLayer(twin, a, i) for a, i in twin._place])
         twin.compact()
+        return twin
+
+    def join(self, other: SlotCache) -> SlotCache:
+        """A copy that holds the rows of both, this one's first.
+
+        Raises:
+            MismatchError: The other cache is that of another model.
+        """
+        if other.layout != self.layout:
+            raise MismatchError("the rows of two models cannot share a cache")
+        used = self.used, other.used
+        pairs = zip(self.arenas, other.arenas, strict=True)
+        twin = self._twin([own.join(more, used) for own, more in pairs])
+        twin.used, twin.lengths = max(used), [*self.lengths, *other.lengths]
+        twin.dense = self.dense and other.dense and self.used == other.used
+        capacity = max(self.pos.shape[1], other.pos.shape[1])
+        twin.pos = self.pos.new_zeros(twin.batch, capacity)
+        twin.live = self.live.new_zeros(twin.batch, capacity)
+        for first, part in ((0, self), (self.batch, other)):
+            pos, live = part.slots()
+            rows, slots = slice(first, first + part.batch), slice(0, part.used)
+            twin.pos[rows, slots] = pos
+            twin.live[rows, slots] = True if live is None else live
+        return twin
+
+    def _twin(self, arenas: list[Arena]) -> SlotCache:
+        twin = object.__new__(SlotCache)
+        twin.layout, twin._place, twin.device = self.layout, self._place, self.device
+        twin.arenas = arenas
+        twin.hub = Cache(layers=[SlotLayer(twin, a, i) for a, i in twin._place])
         return twin

@@ -8,7 +8,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,8 +19,12 @@ from isthmus.decoding.target import HubTarget
 from isthmus.decoding.tree import TokenTree, Topology, chain_topology
 from isthmus.errors import InvalidInputError
 from isthmus.folders import cache_folder
+from isthmus.roles import Session
 
 NODES = (1, 2, 4, 8, 16, 32, 64)
+
+DEAREST = 8.0
+"""Forwards of one node a row that a wider forward of a batch may cost to be timed further."""
 
 
 class Cost:
@@ -82,6 +86,50 @@ class Cost:
         return np.where(nodes > last, beyond, inside)
 
 
+class Costs:
+    """Seconds of a forward by rows of the batch and nodes a row: one curve for 1, 2, 4 ... rows.
+
+    A curve says how a forward of that many rows grows with the nodes of each, which decides
+    whether drafting pays: the more rows, the sooner a wider forward costs what it computes.
+
+    Args:
+        single: The curve of one row.
+        measure: Measures the curve of more rows; without it they cost what as many nodes of one
+            row do.
+
+    Example:
+        >>> costs = Costs(Cost({1: 1.0, 4: 4.0}))
+        >>> costs.of(2)(1), costs.of(2)(2)
+        (2.0, 4.0)
+    """
+
+    def __init__(self, single: Cost, measure: Callable[[int], Cost] | None = None) -> None:
+        self._curves, self._measure, self._measured = {1: single}, measure, {1}
+
+    def prepare(self, rows: int) -> None:
+        """Measure the curve of a batch that is about to begin, if it is not known."""
+        near = _power_of_two(rows)
+        if self._measure is not None and near not in self._measured:
+            self._curves[near] = self._measure(near)
+            self._measured.add(near)
+
+    def of(self, rows: int) -> Cost:
+        """Seconds by nodes a row, of batches of about so many rows."""
+        near = _power_of_two(rows)
+        if near not in self._curves:
+            # as the nearest curve that was measured, scaled as one row with as many nodes
+            known = min(self._measured, key=lambda r: abs(math.log2(r / near)))
+            base, single = self._curves[known], self._curves[1]
+            self._curves[near] = Cost(
+                {n: base(n) * single(near * n) / single(known * n) for n in NODES}
+            )
+        return self._curves[near]
+
+
+def _power_of_two(rows: int) -> int:
+    return 1 << round(math.log2(max(1, rows)))
+
+
 @dataclass(frozen=True)
 class Machine:
     """Seconds of forwards, linear in the tokens cached and in the tokens computed.
@@ -112,26 +160,30 @@ class Machine:
         return a * share * float(lengths.sum()) + b * float(lengths.sum()) + c * levels
 
 
-def measure_cost(target: HubTarget, *, length: int = 128, budget_s: float = 1.5) -> Cost:
-    """Time forwards of 1, 2, 4 ... 64 nodes, interleaved.
+def measure_cost(
+    target: HubTarget, *, rows: int = 1, length: int = 128, budget_s: float = 1.5
+) -> Cost:
+    """Time forwards of 1, 2, 4 ... 64 nodes a row, interleaved.
 
     Args:
         target: The model to time.
+        rows: Rows of the batch, of unlike length.
         length: Cached tokens while timing.
-        budget_s: Stop repeating after this many seconds (each count is timed at least once).
+        budget_s: Stop repeating after this many seconds (each count is timed at least once, but
+            for those that can hardly pay: more than ``DEAREST`` forwards of one node).
     """
     nodes = [n for n in NODES if target.reach != "step" or n == 1]
-    length = min(length, (target.max_length or 10**9) - 66)
-    session = target.session(1, **target.probe_inputs())
-    session.prefill([torch.zeros(max(1, length), dtype=torch.int64)])
+    length = max(1, min(length, (target.max_length or 10**9) - 66))
+    session = _session(target, rows)
+    session.prefill([torch.zeros(length - b % 2, dtype=torch.int64) for b in range(rows)])
     trees = {}
     for n in nodes:
         star = Topology.of([-1, *[0] * (n - 1)]) if target.reach == "tree" and n > 2 else None
-        tree = TokenTree(torch.zeros(1, n, dtype=torch.int64), star or chain_topology(n))
+        tree = TokenTree(torch.zeros(rows, n, dtype=torch.int64), star or chain_topology(n))
         trees[n] = tree.to(target.device)
     samples: dict[int, list[float]] = {n: [] for n in nodes}
-    nothing = torch.full((1, 1), -1, device=target.device)
-    begin = time.perf_counter()
+    nothing = torch.full((rows, 1), -1, device=target.device)
+    begin, alone = time.perf_counter(), math.inf
     for repeat in range(12):
         for n, tree in trees.items():
             if target.device.type == "cuda":
@@ -140,16 +192,26 @@ def measure_cost(target: HubTarget, *, length: int = 128, budget_s: float = 1.5)
             session.score(tree)
             if target.device.type == "cuda":
                 torch.cuda.synchronize(target.device)
+            seconds = time.perf_counter() - start
             if repeat or n != nodes[0]:
-                samples[n].append(time.perf_counter() - start)
+                samples[n].append(seconds)
             if target.recurrent:
                 session.keep(torch.zeros(1, 1, dtype=torch.int64))
             else:
                 session.keep(nothing)
+            alone = seconds if n == nodes[0] else alone
+            if rows > 1 and seconds > DEAREST * alone:
+                trees = {k: tree for k, tree in trees.items() if k <= n}
+                break
         if repeat and time.perf_counter() - begin > budget_s:
             break
     # the lower quartile: other programs only ever make a forward slower
-    return Cost({n: sorted(s)[len(s) // 4] for n, s in samples.items()})
+    return Cost({n: sorted(s)[len(s) // 4] for n, s in samples.items() if s})
+
+
+def _session(target: HubTarget, rows: int) -> Session:
+    inputs = target.probe_inputs().items()
+    return target.session(rows, **{k: v.expand(rows, *v.shape[1:]) for k, v in inputs})
 
 
 def forward_times(
@@ -159,7 +221,7 @@ def forward_times(
     out = []
     for b in rows:
         for length in cached:
-            session = target.session(b, **target.probe_inputs())
+            session = _session(target, b)
             session.prefill([torch.zeros(length, dtype=torch.int64)] * b)
             nothing = torch.full((b, 0), -1, dtype=torch.int64, device=target.device)
             for n in nodes:
@@ -184,7 +246,9 @@ def measure_machine(
         if model is None:
             fits.append((0.0, 0.0, 0.0))
             continue
-        measured = np.array(forward_times(model, rows, nodes, (32, 160)))
+        longest = (model.max_length or 10**9) - max(nodes)
+        cached = sorted({max(1, min(length, longest)) for length in (32, 160)})
+        measured = np.array(forward_times(model, rows, nodes, cached))
         features = np.stack([measured[:, 0], measured[:, 1], np.ones(len(measured))], 1)
         fit = np.linalg.lstsq(features, measured[:, 2], rcond=None)[0]
         if fit[0] < 0:  # short caches cost nothing that the clock could see
@@ -193,19 +257,20 @@ def measure_machine(
     return Machine(*fits)
 
 
-def cost(target: HubTarget) -> Cost:
-    """The cost of a target, read from the user's cache folder or measured and kept there.
+def cost(target: HubTarget, rows: int = 1) -> Cost:
+    """The cost of a target by nodes a row, read from the cache folder or measured and kept there.
 
     A folder that cannot be written only means that the next run measures again.
     """
-    path = cache_folder() / "cost" / f"{_fingerprint(target)}.json"
+    name = _fingerprint(target) + (f"-{rows}" if rows > 1 else "")
+    path = cache_folder() / "cost" / f"{name}.json"
     try:
         known = {int(k): float(v) for k, v in json.loads(path.read_text()).items()}
         if 1 in known and all(math.isfinite(v) and v > 0 for v in known.values()):
             return Cost(known)
     except (OSError, ValueError, AttributeError, TypeError):
         pass  # absent or damaged: measure again
-    measured = measure_cost(target)
+    measured = measure_cost(target, rows=rows)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}.part")

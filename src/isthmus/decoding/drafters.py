@@ -7,7 +7,7 @@ proposes, the output keeps the target's law.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from isthmus.decoding.builders import Growth, RankTree
 from isthmus.decoding.law import chain_logits, draw_next
 from isthmus.decoding.tree import Draw, TokenTree, Topology, chain_topology, merge, stack
 from isthmus.errors import InvalidInputError, MismatchError, UnsupportedModelError
-from isthmus.roles import Context, Drafter, Session, Shape, Step, Target
+from isthmus.roles import Context, Drafter, Extendable, Session, Shape, Step, Target
 
 
 class PromptLookup:
@@ -49,8 +49,14 @@ class PromptLookup:
 
     def begin(self, context: Context, target: Target, **inputs: Any) -> None:
         """Remember the source of each row, where there is one with the same vocabulary."""
+        self._sources = None
+        self.extend(context, target, **inputs)
+
+    def extend(self, context: Context, target: Target, **inputs: Any) -> None:
+        """Remember the sources of more rows."""
         source = inputs.get("input_ids")
-        self._sources = None if source is None else list(source.cpu().numpy())
+        if source is not None:
+            self._sources = [*(self._sources or []), *source.cpu().numpy()]
 
     def continuation(self, ids: np.ndarray[Any, Any], length: int) -> np.ndarray[Any, Any]:
         """At most ``length`` tokens that followed the longest known suffix of ids [T]."""
@@ -106,6 +112,11 @@ class Union:
         """Start all of them."""
         for drafter in self.drafters:
             drafter.begin(context, target, **inputs)
+
+    def extend(self, context: Context, target: Target, **inputs: Any) -> None:
+        """Pass the rows on."""
+        for drafter in self.drafters:
+            cast(Extendable, drafter).extend(context, target, **inputs)
 
     def propose(self, context: Context, shape: Shape) -> TokenTree:
         """The fused tree, cut to ``shape``; for a chain, the first proposal that is one."""
@@ -195,13 +206,19 @@ class ModelDrafter:
                 f"the draft model has {self.model.vocab_size} tokens and the target "
                 f"{target.vocab_size}; a draft model must share the target's vocabulary"
             )
+        self._session, self._start = None, []
+        self.extend(context, target, **inputs)
+
+    def extend(self, context: Context, target: Target, **inputs: Any) -> None:
+        """Prefill the draft model with more rows."""
         reads = ("encoder_decoder", "takes_images")
         own = inputs if any(getattr(self.model, name, False) for name in reads) else {}
-        self._session = self.model.session(context.batch, **own)
+        fresh = self.model.session(context.batch, **own)
         rows = [context.row(b)[:-1] for b in range(context.batch)]
         if any(len(r) for r in rows):
-            self._session.prefill(rows)
-        self._start = list(context.lengths)
+            fresh.prefill(rows)
+        self._session = fresh if self._session is None else self._session.join(fresh)
+        self._start = [*self._start, *context.lengths]
 
     def propose(self, context: Context, shape: Shape) -> TokenTree:
         """Draw a chain or a tree within ``shape``."""

@@ -5,6 +5,12 @@ how much is the policy's business, which draft tokens stand is the acceptance ru
 batch accept different numbers of tokens in the same round; finished rows leave the batch once a
 quarter of it is done.
 
+Batching is continuous: requests wait in a line, and those at its head take the places that have
+become free. Their prompts are read beside the batch, a chunk between two rounds, and then their
+rows join it. A fixed batch is the case of a line that everybody leaves at once. Policies and
+drafters that cannot take in rows (:class:`isthmus.roles.Extendable`) get an empty batch to begin
+on instead.
+
 Order of one round::
 
     shape   = policy.decide(context)            before anything is drawn
@@ -19,11 +25,13 @@ Order of one round::
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import islice
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 
 from isthmus.decoding.generation import Generation
 from isthmus.decoding.stopping import Stopper
@@ -33,15 +41,18 @@ from isthmus.roles import (
     PLAIN,
     Acceptance,
     Context,
+    Extendable,
     Law,
     Policy,
     RoundTrace,
-    Session,
     Shape,
     Step,
     Taps,
     Target,
 )
+
+PREFILL_TOKENS = 512
+"""Prompt tokens that are read between two rounds of the rows at work: bounds their wait."""
 
 
 @dataclass
@@ -53,34 +64,39 @@ class Request:
             decoder's start tokens.
         stopper: Its stop rules.
         result: Filled in as decoding goes on.
+        inputs: Encoder inputs of this request alone, first axis 1; the second is padded with
+            zeros where sources of unlike length are encoded together.
     """
 
     prompt: torch.Tensor
     stopper: Stopper
     result: Generation = field(default_factory=Generation)
+    inputs: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def decode(
     target: Target,
-    requests: Sequence[Request],
+    requests: Iterable[Request],
     *,
     policy: Policy,
     acceptance: Acceptance,
     law: Law,
     generator: torch.Generator,
     inputs: dict[str, Any] | None = None,
+    batch_size: int | None = None,
     trace: bool = False,
 ) -> Iterator[list[tuple[int, list[int]]]]:
-    """Decode a batch, one round at a time.
+    """Decode requests, one round at a time.
 
     Args:
         target: The model whose output stays unchanged.
-        requests: B prompts; their ``result`` fields are filled in.
+        requests: Prompts, read only as places become free; their ``result`` fields are filled in.
         policy: Decides who drafts and how much.
         acceptance: Decides which draft tokens stand.
         law: The sampling law.
         generator: Source of every random draw.
-        inputs: Encoder inputs of encoder-decoder targets, first axis B.
+        inputs: Encoder inputs of all requests, first axis B, instead of each request's own.
+        batch_size: Rows at work at most; all requests at once when None.
         trace: Keep the drafted tokens of every round in the trace.
 
     Yields:
@@ -89,20 +105,29 @@ def decode(
     Raises:
         InvalidInputError: An empty prompt, or one that leaves no room in the context.
     """
-    for request in requests:
-        _check_prompt(request, target.max_length)
-    rows = target.max_batch or len(requests)
-    for first in range(0, len(requests), rows):
-        part = slice(first, first + rows)
-        chunk = dict(inputs or {})
-        if rows < len(requests):  # a row may come with several images, so only where it must be
-            chunk = {k: v[part] if torch.is_tensor(v) else v for k, v in chunk.items()}
-        batch = _Batch(target, requests[part], policy, acceptance, law, generator, chunk, trace)
-        for emitted in batch.run():
-            yield [(first + index, tokens) for index, tokens in emitted]
+    if isinstance(requests, Sequence):
+        for request in requests:  # before anything is decoded
+            check_prompt(request, target.max_length)
+    sizes = [n for n in (batch_size, target.max_batch) if n is not None]
+    yield from _Loop(
+        target,
+        requests,
+        policy,
+        acceptance,
+        law,
+        generator,
+        inputs,
+        min(sizes, default=None),
+        trace,
+    ).run()
 
 
-def _check_prompt(request: Request, max_length: int | None) -> None:
+def check_prompt(request: Request, max_length: int | None) -> None:
+    """Refuse a prompt that cannot be continued, and cut the budget to the context.
+
+    Raises:
+        InvalidInputError: It is empty or leaves no room.
+    """
     n = len(request.prompt)
     if n == 0:
         raise InvalidInputError("the prompt is empty; give at least one token")
@@ -121,68 +146,193 @@ def _check_prompt(request: Request, max_length: int | None) -> None:
             request.stopper.max_new_tokens = room
 
 
+def _inside(part: Any) -> list[Any]:
+    """The drafters inside a policy or a drafter."""
+    inner = [getattr(part, "drafter", None), *getattr(part, "drafters", ())]
+    return [drafter for drafter in inner if drafter is not None]
+
+
 def wanted(part: Any) -> Taps:
     """What a policy, drafter or acceptance rule taps, and what the drafters inside it do."""
     taps: Taps = getattr(part, "taps", Taps())
-    inner = [getattr(part, "drafter", None), *getattr(part, "drafters", ())]
-    for drafter in inner:
-        if drafter is not None:
-            taps |= wanted(drafter)
+    for drafter in _inside(part):
+        taps |= wanted(drafter)
     return taps
 
 
-class _Batch:
-    """State of the rows that are decoded together."""
+def extendable(part: Any) -> bool:
+    """Whether a policy or drafter, and the drafters inside it, take in rows of a running batch.
+
+    A class that begins or selects in its own way has state of its own, which an ``extend`` that it
+    only inherits does not know of.
+    """
+    kin = type(part).__mro__
+
+    def place(name: str) -> int:
+        return next((i for i, kind in enumerate(kin) if name in vars(kind)), len(kin))
+
+    own = place("extend") <= min(place("begin"), place("select"))
+    able = own and callable(getattr(part, "extend", None))
+    return able and all(extendable(drafter) for drafter in _inside(part))
+
+
+def collate(rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Encoder inputs of several requests as one batch, padded with zeros along the second axis.
+
+    Example:
+        >>> collate([{"x": torch.tensor([[1, 2]])}, {"x": torch.tensor([[3]])}])["x"].tolist()
+        [[1, 2], [3, 0]]
+    """
+    out = {}
+    for name in rows[0]:
+        parts = [row[name].transpose(0, 1) for row in rows]  # [T, 1, ...]
+        widest = max(len(p) for p in parts)
+        padded = [torch.cat([p, p.new_zeros(widest - len(p), *p.shape[1:])]) for p in parts]
+        out[name] = torch.cat(padded, 1).transpose(0, 1)
+    return out
+
+
+class _Newcomers:
+    """Requests that have left the line; their prompts are read before their rows join the batch."""
+
+    def __init__(self, context: Context, inputs: dict[str, Any]) -> None:
+        self.context, self.inputs = context, inputs
+        self.rows = [context.row(b)[:-1] for b in range(context.batch)]
+        self.read = 0
+
+    def prefill(self, tokens: int | None, taps: Taps | None) -> bool:
+        """Read some tokens of all rows together, or all of them; returns whether that was all."""
+        longest = max(len(row) for row in self.rows)
+        step = longest if tokens is None else max(1, tokens // len(self.rows))
+        chunk = [row[self.read : self.read + step] for row in self.rows]
+        assert self.context.session is not None
+        if any(len(row) for row in chunk):
+            self.context.features = self.context.session.prefill(chunk, taps=taps)
+        self.read += step
+        return self.read >= longest
+
+
+class _Loop:
+    """The line of waiting requests and the rows at work."""
 
     def __init__(
         self,
         target: Target,
-        requests: Sequence[Request],
+        requests: Iterable[Request],
         policy: Policy,
         acceptance: Acceptance,
         law: Law,
         generator: torch.Generator,
-        inputs: dict[str, Any],
+        inputs: dict[str, Any] | None,
+        batch_size: int | None,
         trace: bool,
     ) -> None:
-        self.target, self.requests, self.inputs = target, list(requests), inputs
-        self.policy, self.acceptance, self.trace = policy, acceptance, trace
-        longest = max(len(r.prompt) + r.stopper.max_new_tokens for r in requests)
-        # int32 would do; int64 spares a conversion at every lookup
-        ids = torch.zeros(len(requests), longest + 1, dtype=torch.int64)
-        for row, request in enumerate(requests):
-            ids[row, : len(request.prompt)] = request.prompt
-            request.result.prompt_tokens = len(request.prompt)
-            request.result.lossless = acceptance.lossless
-        lengths = [len(r.prompt) for r in requests]
-        self.context = Context(
-            ids,
-            lengths,
-            list(lengths),
-            law,
-            generator,
-            list(range(len(requests))),
-            getattr(acceptance, "noise", None),
-        )
+        self.target, self.policy, self.acceptance = target, policy, acceptance
+        self.law, self.generator, self.inputs, self.trace = law, generator, inputs, trace
+        self.line, self.batch_size = iter(requests), batch_size
+        # a row may come with several images, so the inputs of all are split only where they must be
+        self.total = len(requests) if isinstance(requests, Sequence) else None
+        self.admitted = 0  # requests that have left the line
+        self.requests: dict[int, Request] = {}
+        self.since: dict[int, float] = {}
+        self.newcomers: _Newcomers | None = None
+        self.context = self.rows([])
         self.taps = wanted(policy) | wanted(acceptance)
-        self.ends = torch.tensor(sorted({t for r in requests for t in r.stopper.end_tokens}))
-        self.session: Session
+        self.grows = extendable(policy)
+        self.ends = torch.zeros(0, dtype=torch.int64)
 
     def run(self) -> Iterator[list[tuple[int, list[int]]]]:
-        clock = time.perf_counter
-        start = clock()
-        context = self.context
-        self.session = self.target.session(context.batch, **self.inputs)
-        rows = [context.row(b)[:-1] for b in range(context.batch)]
-        context.session = self.session
-        if any(len(r) for r in rows):
-            context.features = self.session.prefill(rows, taps=self.taps)
-        self.parts = dict.fromkeys(("draft", "score", "accept", "commit", "observe"), 0.0)
-        self.parts = {"prefill": clock() - start, **self.parts}
-        self.policy.begin(context, self.target, **self.inputs)
-        while context.batch:
-            yield self.round(start)
-            self.drop_finished()
+        self.admit()
+        while self.newcomers or self.context.batch:
+            if self.newcomers:
+                self.prefill(self.newcomers)
+            if self.context.batch:
+                yield self.round()
+                self.drop_finished()
+            self.admit()
+
+    def rows(self, indices: Sequence[int]) -> Context:
+        """What is known of the given requests at their start."""
+        prompts = [self.requests[index].prompt for index in indices]
+        budgets = [self.requests[index].stopper.max_new_tokens for index in indices]
+        longest = max((len(p) + n for p, n in zip(prompts, budgets, strict=True)), default=0)
+        # int32 would do; int64 spares a conversion at every lookup
+        ids = torch.zeros(len(prompts), longest + 1, dtype=torch.int64)
+        for row, prompt in zip(ids, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        lengths = [len(p) for p in prompts]
+        noise = getattr(self.acceptance, "noise", None)
+        return Context(ids, lengths, list(lengths), self.law, self.generator, list(indices), noise)
+
+    def admit(self) -> None:
+        """Let the head of the line take the free places, once they are a quarter of the batch."""
+        free = None if self.batch_size is None else self.batch_size - self.context.batch
+        enough = self.grows and free is not None and 4 * free >= (self.batch_size or 0) > 0
+        if self.newcomers or (self.context.batch and not enough):
+            return
+        fresh = list(islice(self.line, free))
+        if not fresh:
+            return
+        start = time.perf_counter()
+        first, self.admitted = self.admitted, self.admitted + len(fresh)
+        for index, request in enumerate(fresh, first):
+            check_prompt(request, self.target.max_length)
+            request.result.prompt_tokens = len(request.prompt)
+            request.result.lossless = self.acceptance.lossless
+            self.requests[index], self.since[index] = request, start
+        inputs: dict[str, Any] = {}
+        if self.inputs is None:
+            inputs = collate([request.inputs for request in fresh])
+        elif len(fresh) == self.total:
+            inputs = self.inputs
+        else:
+            part = slice(first, self.admitted)
+            inputs = {k: v[part] if torch.is_tensor(v) else v for k, v in self.inputs.items()}
+        context = self.rows(range(first, self.admitted))
+        context.session = self.target.session(len(fresh), **inputs)
+        self.newcomers = _Newcomers(context, inputs)
+        self.spend([*self.working(), *context.requests], prefill=time.perf_counter() - start)
+
+    def prefill(self, newcomers: _Newcomers) -> None:
+        """Read on in the prompts of the newcomers; whose prompt is read joins the batch."""
+        start, context, new = time.perf_counter(), self.context, newcomers.context
+        waiting = [*self.working(), *new.requests]
+        if not context.batch:
+            newcomers.prefill(None, self.taps)
+            self.context, self.newcomers = new, None
+            self.policy.begin(new, self.target, **newcomers.inputs)
+        elif newcomers.prefill(PREFILL_TOKENS, None):
+            self.newcomers = None
+            assert context.session is not None and new.session is not None
+            cast(Extendable, self.policy).extend(new, self.target, **newcomers.inputs)
+            context.session = context.session.join(new.session)
+            short = new.ids.shape[1] - context.ids.shape[1]
+            both = (F.pad(context.ids, (0, max(short, 0))), F.pad(new.ids, (0, max(-short, 0))))
+            context.ids = torch.cat(both)
+            context.lengths += new.lengths
+            context.prompt_lengths += new.prompt_lengths
+            context.requests += new.requests
+        ends = {t for r in self.context.requests for t in self.requests[r].stopper.end_tokens}
+        self.ends = torch.tensor(sorted(ends), dtype=torch.int64)
+        self.spend(waiting, prefill=time.perf_counter() - start)
+
+    def spend(self, indices: Sequence[int], **parts: float) -> None:
+        """Add seconds to the clocks of requests that had to wait for them."""
+        now = time.perf_counter()
+        for index in indices:
+            stats = self.requests[index].result.stats
+            stats.seconds = now - self.since[index]
+            for name, seconds in parts.items():
+                stats.parts_s[name] = stats.parts_s.get(name, 0.0) + seconds
+
+    def alive(self) -> list[int]:
+        """Rows whose requests are not finished yet."""
+        requests = enumerate(self.context.requests)
+        return [b for b, r in requests if not self.requests[r].result.finish_reason]
+
+    def working(self) -> list[int]:
+        """Requests in the batch that are not finished yet."""
+        return [self.context.requests[b] for b in self.alive()]
 
     def limit(self) -> Shape:
         """What the budget, the context and the target's reach leave room for."""
@@ -199,8 +349,10 @@ class _Batch:
         width = 1 if self.target.reach == "chain" else nodes
         return Shape(nodes if depth > 0 else 0, max(0, depth), width)
 
-    def round(self, start: float) -> list[tuple[int, list[int]]]:
-        clock, context, parts = time.perf_counter, self.context, self.parts
+    def round(self) -> list[tuple[int, list[int]]]:
+        clock, context, session = time.perf_counter, self.context, self.context.session
+        assert session is not None
+        working = self.working()
         t0 = clock()
         limit = self.limit()
         drafter, shape = self.policy.decide(context, limit)
@@ -215,7 +367,7 @@ class _Batch:
         tree = tree.to(getattr(self.target, "device", tree.tokens.device))
         tree = tree.below(self.ends.to(tree.tokens.device))
         t1 = clock()
-        scores = self.session.score(tree, taps=self.taps)
+        scores = session.score(tree, taps=self.taps)
         context.features = scores.features
         t2 = clock()
         verdict = self.acceptance.accept(tree, scores.logits, context)
@@ -235,16 +387,9 @@ class _Batch:
         )
         self.policy.observe(step, drafter)
         t5 = clock()
-        for name, seconds in zip(
-            ("draft", "score", "accept", "commit", "observe"),
-            (t1 - t0, t2 - t1, t3 - t2, t4 - t3, t5 - t4),
-            strict=True,
-        ):
-            parts[name] += seconds
-        for row in context.requests:
-            stats = self.requests[row].result.stats
-            if not self.requests[row].result.finish_reason or emitted:
-                stats.seconds, stats.parts_s = t5 - start, parts
+        self.spend(
+            working, draft=t1 - t0, score=t2 - t1, accept=t3 - t2, commit=t4 - t3, observe=t5 - t4
+        )
         return emitted
 
     def commit(
@@ -280,7 +425,8 @@ class _Batch:
         if cut:
             width = torch.arange(path.shape[1], device=path.device)
             path = torch.where(width < torch.tensor(keep, device=path.device)[:, None], path, -1)
-        self.session.keep(path)
+        assert context.session is not None
+        context.session.keep(path)
         return emitted, accepted
 
     def count(
@@ -311,15 +457,16 @@ class _Batch:
     def drop_finished(self) -> None:
         """Remove finished rows once they are a quarter of the batch."""
         context = self.context
-        alive = [
-            b for b, r in enumerate(context.requests) if not self.requests[r].result.finish_reason
-        ]
+        alive = self.alive()
         gone = context.batch - len(alive)
         if gone == 0 or (alive and gone * 4 < context.batch):
             return
+        assert context.session is not None
+        context.session = context.session.fork(alive) if alive else None
         if alive:
-            self.session = context.session = self.session.fork(alive)
             self.policy.select(alive)
+        for index in {*context.requests} - {context.requests[b] for b in alive}:
+            del self.requests[index], self.since[index]
         context.ids = context.ids[alive]
         context.lengths = [context.lengths[b] for b in alive]
         context.prompt_lengths = [context.prompt_lengths[b] for b in alive]

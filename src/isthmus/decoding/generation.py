@@ -82,7 +82,8 @@ class Generation:
         tokens: New token ids; the token that completed a stop string is included.
         prompt_tokens: Tokens of the prompt.
         finish_reason: ``"stop"`` (end token or stop string), ``"length"`` (budget or context
-            limit), ``"criteria"`` (a stopping criterion of transformers) or ``"interrupted"``.
+            limit), ``"criteria"`` (a stopping criterion of transformers), ``"interrupted"``, or
+            ``"error"`` (one of many prompts could not be answered; the notes say why).
         lossless: Whether the output keeps the target's law exactly.
         drafter: Name of the drafter asked for.
         rounds: One entry per round.

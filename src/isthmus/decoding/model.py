@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from isthmus import registry
-from isthmus.decoding.acceptance import Lossless
-from isthmus.decoding.cost import cost
+from isthmus.decoding.acceptance import Coupled, Lossless
+from isthmus.decoding.cost import Costs, cost
 from isthmus.decoding.drafters import ModelDrafter, PromptLookup, Union
-from isthmus.decoding.engine import Request, decode
+from isthmus.decoding.engine import Request, check_prompt, decode
 from isthmus.decoding.exact import ExactTarget
 from isthmus.decoding.fast import FastTarget, best_target
 from isthmus.decoding.generation import Generation
@@ -23,6 +26,22 @@ from isthmus.decoding.target import HubTarget
 from isthmus.decoding.trained import read_config
 from isthmus.errors import InvalidInputError, UnknownNameError
 from isthmus.roles import Acceptance, Policy, Shape
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One of many prompts, with what it does differently from the others.
+
+    Attributes:
+        prompt: Text or token ids, as for :meth:`Model.generate`.
+        max_new_tokens: Its own budget.
+        seed: Its own seed.
+    """
+
+    prompt: str | torch.Tensor | Sequence[int]
+    max_new_tokens: int | None = None
+    seed: int | None = None
+
 
 BUILT_IN = ("none", "auto", "prompt-lookup")
 
@@ -176,6 +195,110 @@ class Model:
         results = [r.result for r in job.requests]
         return results if many else results[0]
 
+    def generate_many(
+        self,
+        prompts: Iterable[str | torch.Tensor | Sequence[int] | Prompt],
+        *,
+        batch_size: int = 16,
+        max_new_tokens: int = 128,
+        drafter: str | Policy = "auto",
+        num_draft_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        seed: int | None = None,
+        ignore_end: bool = False,
+        **sampling: Any,
+    ) -> Iterator[tuple[int, Generation]]:
+        """Decode any number of prompts with continuous batching: a place is never left empty.
+
+        Sampled answers come from noise that is keyed on the prompt's seed and the position
+        (:class:`~isthmus.decoding.acceptance.Coupled`), so an answer depends neither on the
+        drafter nor on who shares the batch, with two exceptions: forwards of unlike shapes round
+        differently, which can turn a near tie, and drafters that bring their own acceptance rule
+        draw from one generator for all.
+
+        Args:
+            prompts: Prompts, read only as places become free.
+            batch_size: Rows at work at most.
+            max_new_tokens: Budget of prompts without one of their own.
+            drafter: As for :meth:`generate`.
+            num_draft_tokens: As for :meth:`generate`.
+            stop: Strings that end an answer.
+            seed: Seed of the prompts without one of their own; each has its own noise.
+            ignore_end: Do not stop at end tokens, for measurements.
+            sampling: As for :meth:`generate`.
+
+        Yields:
+            Number of a prompt and its answer, as soon as it is finished. A prompt that cannot be
+            answered does not hold up the others: its ``finish_reason`` is ``"error"`` and its note
+            says why.
+
+        Raises:
+            IsthmusError: Bad options; the message says what to do.
+        """
+        if batch_size < 1:
+            raise InvalidInputError(f"batch_size must be at least 1, got {batch_size}")
+        asked = (p if isinstance(p, Prompt) else Prompt(p) for p in prompts)
+        name = drafter if isinstance(drafter, str) else "custom"
+        if own_loop(drafter) is not None:
+            for number, one in enumerate(asked):
+                yield (
+                    number,
+                    self.generate(
+                        one.prompt,
+                        max_new_tokens=one.max_new_tokens or max_new_tokens,
+                        drafter=drafter,
+                        num_draft_tokens=num_draft_tokens,
+                        stop=stop,
+                        seed=seed if one.seed is None else one.seed,
+                        **sampling,
+                    ),
+                )
+            return
+        law, policy = Law(**sampling), self.policy(drafter, num_draft_tokens)
+        generator = self._generator(seed)
+        seeds: dict[int, int] = {}
+        noise = Coupled(generator.initial_seed(), seeds)
+        numbers: dict[int, tuple[int, Request]] = {}
+        refused: list[tuple[int, Generation]] = []
+        place = count()
+        self._request(torch.tensor([0]), max_new_tokens, name, stop, ignore_end)  # bad options
+
+        def line() -> Iterator[Request]:
+            for number, one in enumerate(asked):
+                budget = max_new_tokens if one.max_new_tokens is None else one.max_new_tokens
+                try:
+                    (start,), inputs = self._sources([one.prompt], None)
+                    request = self._request(start, budget, name, stop, ignore_end)
+                    check_prompt(request, self.target.max_length)
+                except InvalidInputError as error:
+                    result = Generation(finish_reason="error", drafter=name, notes=[str(error)])
+                    refused.append((number, result))
+                    continue
+                request.inputs = inputs or {}
+                index = next(place)
+                if one.seed is not None:
+                    seeds[index] = one.seed
+                numbers[index] = number, request
+                yield request
+
+        for emitted in decode(
+            self.target,
+            line(),
+            policy=policy,
+            acceptance=rule_of(policy) or (Lossless() if law.greedy else noise),
+            law=law,
+            generator=generator,
+            batch_size=batch_size,
+        ):
+            for index, _ in emitted:
+                if numbers[index][1].result.finish_reason:
+                    number, request = numbers.pop(index)
+                    seeds.pop(index, None)
+                    self._finish(request)
+                    yield number, request.result
+            yield from pop_all(refused)
+        yield from pop_all(refused)
+
     def stream(
         self, prompt: str | torch.Tensor, **options: Any
     ) -> Generator[str, None, Generation]:
@@ -295,7 +418,7 @@ class Model:
             candidates.append(Union([PromptLookup(min_ngram=2), recycle]))
         if self.draft_model is not None:
             candidates.append(registry.load("speculative-sampling")(self.draft_model))
-        return Auto(candidates, cost(self.target))
+        return Auto(candidates, Costs(cost(self.target), partial(cost, self.target)))
 
     def encode(self, prompt: str | torch.Tensor | Sequence[int]) -> torch.Tensor:
         """Token ids int64 [T] of a prompt, as the tokenizer would feed its model.
@@ -338,41 +461,49 @@ class Model:
         **sampling: Any,
     ) -> _Job:
         law = law or Law(**sampling)
-        if max_new_tokens < 1:
-            raise InvalidInputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         policy = self.policy(drafter, num_draft_tokens)
         starts, inputs = self._sources(prompts, inputs)
-        ends = [] if ignore_end else as_list(self.target.model.generation_config.eos_token_id)
-        requests = []
-        for start in starts:
-            stopper = Stopper(
-                max_new_tokens=max_new_tokens,
-                end_tokens=ends,
-                stop=[stop] if isinstance(stop, str) else stop,
-                tokenizer=self.tokenizer,
-            )
-            result = Generation(drafter=drafter if isinstance(drafter, str) else "custom")
-            if self.target.reach == "step" and drafter != "none":
-                name = type(self.target.model).__name__
-                result.notes.append(f"{name} is exact one token at a time only; nothing is drafted")
-            requests.append(Request(start, stopper, result))
-        device = self.target.device
-        generator = torch.Generator(device)
-        if seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(seed)
+        name = drafter if isinstance(drafter, str) else "custom"
+        requests = [
+            self._request(start, max_new_tokens, name, stop, ignore_end) for start in starts
+        ]
         rounds = decode(
             self.target,
             requests,
             policy=policy,
             acceptance=acceptance or rule_of(policy) or Lossless(),
             law=law,
-            generator=generator,
+            generator=self._generator(seed),
             inputs=inputs,
             trace=trace,
         )
         return _Job(requests, rounds)
+
+    def _request(
+        self, start: torch.Tensor, budget: int, drafter: str, stop: Sequence[str], ignore_end: bool
+    ) -> Request:
+        if budget < 1:
+            raise InvalidInputError(f"max_new_tokens must be at least 1, got {budget}")
+        ends = [] if ignore_end else as_list(self.target.model.generation_config.eos_token_id)
+        stopper = Stopper(
+            max_new_tokens=budget,
+            end_tokens=ends,
+            stop=[stop] if isinstance(stop, str) else stop,
+            tokenizer=self.tokenizer,
+        )
+        result = Generation(drafter=drafter)
+        if self.target.reach == "step" and drafter != "none":
+            name = type(self.target.model).__name__
+            result.notes.append(f"{name} is exact one token at a time only; nothing is drafted")
+        return Request(start, stopper, result)
+
+    def _generator(self, seed: int | None) -> torch.Generator:
+        generator = torch.Generator(self.target.device)
+        if seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(seed)
+        return generator
 
     def _sources(
         self, prompts: list[Any], inputs: dict[str, Any] | None
@@ -411,6 +542,12 @@ class Model:
             result.text = request.stopper.text
         elif self.tokenizer is not None:
             result.text = self.tokenizer.decode(result.tokens, skip_special_tokens=True)
+
+
+def pop_all(items: list[Any]) -> Iterator[Any]:
+    """Empty a list from its front."""
+    while items:
+        yield items.pop(0)
 
 
 class _Job:

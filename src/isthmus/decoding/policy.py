@@ -6,16 +6,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from isthmus.decoding.cost import Cost
+from isthmus.decoding.cost import Cost, Costs
 from isthmus.decoding.goodput import Fit, Means
 from isthmus.decoding.tree import TokenTree, stack
-from isthmus.roles import PLAIN, Context, Drafter, Shape, Step, Target
+from isthmus.roles import PLAIN, Context, Drafter, Extendable, Shape, Step, Target
 
 SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Draft nodes to choose from."""
@@ -42,6 +42,11 @@ class Fixed:
         """See :class:`isthmus.roles.Policy`."""
         if self.drafter is not None:
             self.drafter.begin(context, target, **inputs)
+
+    def extend(self, context: Context, target: Target, **inputs: Any) -> None:
+        """Pass the rows on."""
+        if self.drafter is not None:
+            cast(Extendable, self.drafter).extend(context, target, **inputs)
 
     def decide(self, context: Context, limit: Shape) -> tuple[Drafter | None, Shape]:
         """The fixed choice within the limit."""
@@ -71,6 +76,7 @@ class Cut:
     def __init__(self, drafter: Drafter) -> None:
         self.drafter, self.name = drafter, drafter.name
         self.begin, self.observe, self.select = drafter.begin, drafter.observe, drafter.select
+        self.extend: Any = getattr(drafter, "extend", None)
         self.lengths: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
 
     def propose(self, context: Context, shape: Shape) -> TokenTree:
@@ -110,16 +116,17 @@ class _Shadow:
     """A draft that was never scored: what is written later says how it would have fared."""
 
     drafter: int
+    rows: list[int]
     tokens: list[list[int]]
     parents: list[list[int]]
     alive: list[list[bool]]
     starts: list[int]
 
-    def path(self, row: int, text: list[int]) -> list[int]:
-        """Nodes that the text followed, root first."""
-        alive, parents = self.alive[row], self.parents[row]
+    def path(self, place: int, text: list[int]) -> list[int]:
+        """Nodes of one tree that the text followed, root first."""
+        alive, parents = self.alive[place], self.parents[place]
         child = {
-            (parents[i], token): i for i, token in enumerate(self.tokens[row]) if i and alive[i]
+            (parents[i], token): i for i, token in enumerate(self.tokens[place]) if i and alive[i]
         }
         path = [0]
         for token in text:
@@ -129,6 +136,14 @@ class _Shadow:
             path.append(node)
         return path
 
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep the drafts of the given rows, which are numbered anew."""
+        number = {old: new for new, old in enumerate(rows)}
+        stay = [place for place, row in enumerate(self.rows) if row in number]
+        self.rows = [number[self.rows[place]] for place in stay]
+        for name in ("tokens", "parents", "alive", "starts"):
+            setattr(self, name, [getattr(self, name)[place] for place in stay])
+
 
 class Auto:
     """Pick drafter, shape and size of each round's draft for the most tokens per second.
@@ -136,9 +151,10 @@ class Auto:
     For every request, drafter, shape and size there is a running mean of the tokens that a round
     emits, drawn to the mean over earlier requests (:class:`isthmus.decoding.goodput.Means`); it is
     carried from call to call, greedy and sampled decoding apart. A round costs the measured
-    forward time of that many nodes, renewed by every round, plus measured drafting and
-    bookkeeping. Rows of a batch share the size, as a forward is as wide as its widest row, but
-    each gets its own drafter. Plain decoding is the arm of size 0.
+    forward time of that many nodes in a batch of that many rows, renewed by every round, plus
+    measured drafting and bookkeeping: as the batch grows, the draft shrinks, down to nothing.
+    Rows of a batch share the size, as a forward is as wide as its widest row, but each gets its
+    own drafter. Plain decoding is the arm of size 0.
 
     What an arm would emit is mostly learned for nothing:
 
@@ -153,7 +169,7 @@ class Auto:
 
     Args:
         drafters: Candidates.
-        cost: Forward time by number of nodes.
+        cost: Forward time by number of nodes, for one row or by rows.
         sizes: Draft nodes to choose from.
         survey: Rounds between two surveys while drafting pays.
         memory: Rounds that the running means remember.
@@ -164,7 +180,7 @@ class Auto:
     def __init__(
         self,
         drafters: Sequence[Drafter],
-        cost: Cost,
+        cost: Cost | Costs,
         *,
         sizes: Sequence[int] = SIZES,
         survey: int = 24,
@@ -173,7 +189,8 @@ class Auto:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.clock = clock
-        self.drafters, self.cost, self.survey, self.depth = list(drafters), cost, survey, depth
+        self.drafters, self.survey, self.depth = list(drafters), survey, depth
+        self.costs = Costs(cost) if isinstance(cost, Cost) else cost
         self.sizes = np.array(sorted(sizes))
         # a drafter may be a candidate and part of a union; it starts and learns once
         parts = [p for d in self.drafters for p in getattr(d, "drafters", [d])]
@@ -208,14 +225,24 @@ class Auto:
 
     def begin(self, context: Context, target: Target, **inputs: Any) -> None:
         """See :class:`isthmus.roles.Policy`."""
+        self.costs.prepare(context.batch)
         self._start(context.law.greedy, context.batch)
         for part in self._parts:
             part.begin(context, target, **inputs)
 
+    def extend(self, context: Context, target: Target, **inputs: Any) -> None:
+        """More rows; they begin with what was learned from all before them."""
+        self.seen.join(context.batch)
+        self._fresh = True
+        # old answers may have been too near their end to look ahead
+        self._next = min(self._next, self._round + self._gap)
+        for part in self._parts:
+            cast(Extendable, part).extend(context, target, **inputs)
+
     def widest(self, rows: int = 1) -> int:
         """The largest size whose forward costs at most two and a half plain ones."""
-        limit = 2.5 * self.cost(rows)
-        fits = [int(s) for s in self.sizes if self.cost(rows * (1 + int(s))) <= limit]
+        cost = self.costs.of(rows)
+        fits = [int(s) for s in self.sizes if cost(1 + int(s)) <= 2.5 * cost(1)]
         return max(fits, default=int(self.sizes[0]))
 
     def decide(self, context: Context, limit: Shape) -> tuple[Drafter | None, Shape]:
@@ -262,7 +289,8 @@ class Auto:
         draft_s = np.array(
             [line(np.stack([np.ones(len(self.sizes)), self.sizes], 1)) for line in self.draft_s]
         )
-        plain_s = self.cost(rows)
+        cost = self.costs.of(rows)
+        plain_s = cost(1)
         # drafting that has cost time so far must promise more
         gain = GAIN + 20.0 * self._debt[self._greedy] / max(self._spent, 1e-9)
         best = gain * rows / (plain_s + self.own_s([1.0, rows]))
@@ -278,10 +306,10 @@ class Auto:
                 return np.take_along_axis(figure[:, members], pick, 1)[:, 0]
 
             some = 1.0 - (1.0 - of(hit)).prod(0)  # chance that any row is drafted for
-            width = rows * (1.0 + of(nodes).max(0))
-            seconds = plain_s + some * (self.cost.many(width) - plain_s)
+            width = 1.0 + of(nodes).max(0)
+            seconds = plain_s + some * (cost.many(width) - plain_s)
             seconds += draft_s[members].sum(0) + self.own_s(
-                np.stack([np.ones_like(width), rows + some * (width - rows)], -1)
+                np.stack([np.ones_like(width), rows * (1.0 + some * (width - 1.0))], -1)
             )
             goodput = of(tokens).sum(0) / seconds  # [shape, size]
             if not self._branches[members].any():
@@ -297,7 +325,8 @@ class Auto:
         """Learn what the round cost and what would have stood; let drafters learn."""
         rows, batched = step.tree.batch, step.tree.nodes * step.tree.batch
         self._round += 1
-        self.cost.observe(batched, step.score_s)
+        cost = self.costs.of(rows)
+        cost.observe(step.tree.nodes, step.score_s)
         self._idle = 0 if drafter is not None else self._idle + 1
         skip = self._idle > 32 and self._idle % 4
         for part in self._parts:
@@ -313,7 +342,7 @@ class Auto:
         seconds = step.draft_s + step.score_s + own_s
         self._spent += seconds
         if self._plan is not None:
-            plain_s = self.cost(rows) + self.own_s([1.0, rows])
+            plain_s = cost(1) + self.own_s([1.0, rows])
             gained = (1.0 + sum(step.accepted) / rows) * plain_s - seconds
             if self._plan[2]:
                 self._turn += 1
@@ -339,10 +368,11 @@ class Auto:
         parents = tree.topology.parent.expand(tree.batch, -1).tolist()
         alive = tree.alive.tolist()
         paths = [[n for n in path if n >= 0] for path in step.verdict.path.tolist()]
-        self._record(rows, parents, alive, paths, asked, width)
+        self._record(range(len(rows)), rows, parents, alive, paths, asked, width)
 
     def _record(
         self,
+        rows: Sequence[int],
         drafters: list[int],
         parents: list[list[int]],
         alive: list[list[bool]],
@@ -350,23 +380,23 @@ class Auto:
         asked: int,
         width: int,
     ) -> None:
-        """Enter what every size up to ``asked`` would have emitted, one draft a row."""
-        values = np.zeros((len(paths), *self.seen.prior.shape))
+        """Enter what every size up to ``asked`` would have emitted, one draft for each row."""
+        values = np.zeros_like(self.seen.total)
         counts = np.zeros_like(values)
         inside = self.sizes <= asked
-        for b, d in enumerate(drafters):
-            total = sum(alive[b]) - 1
+        for i, (b, d) in enumerate(zip(rows, drafters, strict=True)):
+            total = sum(alive[i]) - 1
             first: dict[int, int] = {}
-            for node, above in enumerate(parents[b]):
-                if node and alive[b][node]:
+            for node, above in enumerate(parents[i]):
+                if node and alive[i][node]:
                     first.setdefault(above, node)
             line = [0]
             while line[-1] in first:
                 line.append(first[line[-1]])
-            along = sum(x == y for x, y in zip(line, paths[b], strict=False)) - 1
+            along = sum(x == y for x, y in zip(line, paths[i], strict=False)) - 1
             self._branches[d] |= total > len(line) - 1
             # the nodes of a path are in order, so those below a size are counted by bisection
-            stood = np.searchsorted(np.array(paths[b]), self.sizes, side="right") - 1
+            stood = np.searchsorted(np.array(paths[i]), self.sizes, side="right") - 1
             values[b, 0, d, WIDE], values[b, 0, d, CHAIN] = stood, np.minimum(along, self.sizes)
             values[b, 0, d] += 1.0
             values[b, 1, d] = total > 0
@@ -383,11 +413,11 @@ class Auto:
         largest = min(int(self.sizes[-1]), self._limit.nodes)
         for shadow in self._shadows:
             paths = [
-                shadow.path(b, context.ids[b, start : context.lengths[b]].tolist())
-                for b, start in enumerate(shadow.starts)
+                shadow.path(i, context.ids[b, start : context.lengths[b]].tolist())
+                for i, (b, start) in enumerate(zip(shadow.rows, shadow.starts, strict=True))
             ]
-            rows = [shadow.drafter] * len(paths)
-            self._record(rows, shadow.parents, shadow.alive, paths, int(self.sizes[-1]), WIDE)
+            who, most = [shadow.drafter] * len(paths), int(self.sizes[-1])
+            self._record(shadow.rows, who, shadow.parents, shadow.alive, paths, most, WIDE)
         # at the start of an answer, and while drafting pays, all have their say
         every = not self._shadows or not self._idle
         self._turn += 1
@@ -403,9 +433,9 @@ class Auto:
             tree = tree.limit(nodes=largest, depth=depth)
             self.draft_s[d].observe([1.0, largest], self.clock() - begin)
             parents = tree.topology.parent.expand(tree.batch, -1).tolist()
-            self._shadows.append(
-                _Shadow(d, tree.tokens.tolist(), parents, tree.alive.tolist(), [*context.lengths])
-            )
+            tokens, alive = tree.tokens.tolist(), tree.alive.tolist()
+            rows = list(range(tree.batch))
+            self._shadows.append(_Shadow(d, rows, tokens, parents, alive, [*context.lengths]))
         # less and less often, least so while plain decoding wins
         self._gap = min(self._gap * 3 // 2, 2 * self.survey if self._idle else self.survey)
         self._next = self._round + self._gap
@@ -414,8 +444,7 @@ class Auto:
         """Pass the selection on."""
         self.seen.select(rows)
         for shadow in self._shadows:
-            for name in ("tokens", "parents", "alive", "starts"):
-                setattr(shadow, name, [getattr(shadow, name)[r] for r in rows])
+            shadow.select(rows)
         self._fresh = True
         for part in self._parts:
             part.select(rows)

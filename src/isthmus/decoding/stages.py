@@ -186,3 +186,9 @@ class StagedSession:
         """Copies of the given rows."""
         self.catch_up()
         return StagedSession(self.target, self._inner.fork(rows))
+
+    def join(self, other: StagedSession) -> StagedSession:
+        """Copies of the rows of both."""
+        self.catch_up()
+        other.catch_up()
+        return StagedSession(self.target, self._inner.join(other._inner))

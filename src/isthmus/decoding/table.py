@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from isthmus.decoding.tree import TokenTree
-from isthmus.errors import InvalidInputError
-from isthmus.roles import Context, Features, Law, Reach, Scores, Taps
+from isthmus.errors import InvalidInputError, MismatchError
+from isthmus.roles import Context, Features, Law, Reach, Scores, Session, Taps
 
 
 class TableTarget:
@@ -232,6 +232,22 @@ class TableSession:
         twin = TableSession(self.target, len(rows))
         twin._lengths = [self._lengths[r] for r in rows]
         twin._states = self._states[list(rows)].clone()
+        return twin
+
+    def join(self, other: Session) -> TableSession:
+        """Copies of the rows of both.
+
+        Raises:
+            MismatchError: The other session is that of another target.
+        """
+        if not isinstance(other, TableSession) or other.target is not self.target:
+            raise MismatchError("only sessions of one target can be joined")
+        twin = TableSession(self.target, 0)
+        twin._lengths = [*self._lengths, *other._lengths]
+        width = max(self._states.shape[1], other._states.shape[1])
+        states = (s._states for s in (self, other))
+        pad = torch.nn.functional.pad
+        twin._states = torch.cat([pad(s, (0, width - s.shape[1])) for s in states])
         return twin
 
 

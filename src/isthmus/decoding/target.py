@@ -30,7 +30,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from isthmus.decoding.cache import LayerShape, SlotCache
 from isthmus.decoding.tree import TokenTree, Topology, chain_topology
-from isthmus.errors import InvalidInputError, UnsupportedModelError
+from isthmus.errors import InvalidInputError, MismatchError, UnsupportedModelError
 from isthmus.nn.masks import tree_mask
 from isthmus.roles import Features, Reach, Scores, Session, Taps
 
@@ -423,6 +423,26 @@ def cut_features(features: Features | None, nodes: slice) -> Features | None:
     return None if features is None else features.map(lambda x: x[:, nodes])
 
 
+def join_encoded(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Encoder outputs of the rows of both, the shorter sources padded at the end and masked."""
+    if not first:
+        return {}
+    states = [e["encoder_outputs"][0] for e in (first, second)]
+    masks = [e.get("attention_mask") for e in (first, second)]
+    width = max(s.shape[1] for s in states)
+    padded = [F.pad(s, (0, 0, 0, width - s.shape[1])) for s in states]
+    joined: dict[str, Any] = {
+        "encoder_outputs": BaseModelOutput(last_hidden_state=torch.cat(padded))
+    }
+    if states[0].shape[1] != states[1].shape[1] or any(m is not None for m in masks):
+        whole = [
+            s.new_ones(s.shape[:2], dtype=torch.int64) if m is None else m
+            for s, m in zip(states, masks, strict=True)
+        ]
+        joined["attention_mask"] = torch.cat([F.pad(m, (0, width - m.shape[1])) for m in whole])
+    return joined
+
+
 class SlotSession:
     """A session of an attention model on a :class:`~isthmus.decoding.cache.SlotCache`.
 
@@ -578,16 +598,28 @@ class SlotSession:
 
     def fork(self, rows: Sequence[int]) -> SlotSession:
         """Copies of the given rows."""
-        twin = object.__new__(SlotSession)
-        twin.target = self.target
-        twin.cache = self.cache.select(rows)
-        twin.encoded = dict(self.encoded)
+        encoded = dict(self.encoded)
         if self.encoded:
             index = torch.tensor(list(rows), device=self.target.device)
             states = self.encoded["encoder_outputs"][0].index_select(0, index)
-            twin.encoded["encoder_outputs"] = BaseModelOutput(last_hidden_state=states)
+            encoded["encoder_outputs"] = BaseModelOutput(last_hidden_state=states)
             if "attention_mask" in self.encoded:
-                twin.encoded["attention_mask"] = self.encoded["attention_mask"][index]
+                encoded["attention_mask"] = self.encoded["attention_mask"][index]
+        return self._twin(self.cache.select(rows), encoded)
+
+    def join(self, other: Session) -> SlotSession:
+        """Copies of the rows of both sessions, this one's first.
+
+        Raises:
+            MismatchError: The other session is that of another target.
+        """
+        if not isinstance(other, SlotSession) or other.target is not self.target:
+            raise MismatchError("only sessions of one target can be joined")
+        return self._twin(self.cache.join(other.cache), join_encoded(self.encoded, other.encoded))
+
+    def _twin(self, cache: SlotCache, encoded: dict[str, Any]) -> SlotSession:
+        twin = object.__new__(type(self))
+        twin.target, twin.cache, twin.encoded = self.target, cache, encoded
         twin._bind()
         return twin
 
@@ -682,6 +714,16 @@ class RecurrentSession:
         if list(rows) != [0]:
             raise UnsupportedModelError("a recurrent session holds one row")
         return copy.deepcopy(self, {id(self.target): self.target})
+
+    def join(self, other: Session) -> RecurrentSession:
+        """Recurrent states are decoded one row at a time.
+
+        Raises:
+            UnsupportedModelError: Always.
+        """
+        raise UnsupportedModelError(
+            f"{type(self.target.model).__name__} keeps a recurrent state; its session holds one row"
+        )
 
 
 PROBE_PARENTS = (-1, 0, 0, 1, 1, 3)

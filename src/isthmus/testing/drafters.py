@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from isthmus.decoding.acceptance import Coupled, Lossless
-from isthmus.decoding.engine import Request, decode, wanted
+from isthmus.decoding.engine import Request, decode, extendable, wanted
 from isthmus.decoding.law import Law
 from isthmus.decoding.policy import Fixed
 from isthmus.decoding.stopping import Stopper
@@ -92,8 +92,8 @@ def check_drafter(
 
     Its trees are checked in every round, greedy and sampled; the greedy and the coupled output
     must be those of plain decoding; two drafters with the same seed must propose the same trees;
-    rows must be able to leave the batch; and where it hands over a law q, its first draw must
-    follow it.
+    rows must be able to leave the batch, and others to take their place; and where it hands over a
+    law q, its first draw must follow it.
 
     Args:
         make_drafter: Makes a fresh drafter, as one starts a program.
@@ -121,11 +121,13 @@ def check_drafter(
             for who in (None, make_drafter())
         )
         assert drafted == plain, f"{drafter.name} at {shape}: greedy output differs from plain"
-        plain, drafted = (
-            _run(who, target, Law(temperature=1.0), Coupled(seed), shape, prompts, seed, inputs)[0]
-            for who in (None, make_drafter())
+        law = Law(temperature=1.0)
+        plain, drafted, in_turn = (
+            _run(who, target, law, Coupled(seed), shape, prompts, seed, inputs, batch_size)[0]
+            for who, batch_size in ((None, None), (make_drafter(), None), (make_drafter(), 2))
         )
         assert drafted == plain, f"{drafter.name} at {shape}: coupled output differs from plain"
+        assert in_turn == plain, f"{drafter.name} at {shape}: other output where rows join later"
         if not inputs:
             _check_first_draw(make_drafter(), target, shape, seed)
     drafter = make_drafter()
@@ -144,6 +146,7 @@ class _Watched:
         self.begin = drafter.begin
         self.observe = drafter.observe
         self.select = drafter.select
+        self.extend: Any = cast(Any, drafter).extend if extendable(drafter) else None
 
     def propose(self, context: Context, shape: Shape) -> TokenTree:
         ids, lengths = context.ids.clone(), list(context.lengths)
@@ -168,6 +171,7 @@ def _run(
     prompts: Sequence[Sequence[int]],
     seed: int,
     inputs: dict[str, Any] | None = None,
+    batch_size: int | None = None,
 ) -> tuple[list[list[int]], list[list[list[int]]]]:
     """Tokens of every row and all trees; the rows end at unlike times, so that rows leave."""
     requests = [
@@ -183,6 +187,7 @@ def _run(
         law=law,
         generator=torch.Generator().manual_seed(seed),
         inputs=inputs,
+        batch_size=batch_size,
     )
     for _ in rounds:
         pass

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 
 from isthmus.decoding.acceptance import Lossless
-from isthmus.decoding.engine import Request, decode, wanted
+from isthmus.decoding.engine import Request, decode, extendable, wanted
 from isthmus.decoding.law import Law
 from isthmus.decoding.policy import Fixed
 from isthmus.decoding.stopping import Stopper
@@ -18,7 +19,8 @@ from isthmus.roles import PLAIN, Context, Drafter, Policy, Shape, Step, Target
 def check_policy(policy: Policy, *, target: Target | None = None, tokens: int = 40) -> None:
     """Check that a policy keeps the contract of :class:`isthmus.roles.Policy`.
 
-    It decides through whole answers of a ragged batch whose rows leave one by one; every decision
+    It decides through whole answers of a ragged batch whose rows leave one by one, and of one in
+    which others take their places; every decision
     must lie within the limit it was given, a limit of 0 must give plain decoding, and the greedy
     output must be that of plain decoding.
 
@@ -37,6 +39,8 @@ def check_policy(policy: Policy, *, target: Target | None = None, tokens: int = 
     assert _run(watched, target, tokens) == plain, "greedy output differs from plain decoding"
     assert watched.decisions, "the policy was never asked"
     assert _run(watched, target, tokens) == plain, "the second batch differs from plain decoding"
+    again = _run(watched, target, tokens, batch_size=2)
+    assert again == plain, "greedy output differs from plain decoding where rows join later"
 
 
 class _Watched:
@@ -48,6 +52,7 @@ class _Watched:
         self.taps = wanted(policy)
         self.begin = policy.begin
         self.select = policy.select
+        self.extend: Any = cast(Any, policy).extend if extendable(policy) else None
 
     def decide(self, context: Context, limit: Shape) -> tuple[Drafter | None, Shape]:
         """Ask for less first; the last decision counts."""
@@ -73,7 +78,9 @@ class _Watched:
         self.policy.observe(step, drafter)
 
 
-def _run(policy: Policy, target: Target, tokens: int) -> list[list[int]]:
+def _run(
+    policy: Policy, target: Target, tokens: int, batch_size: int | None = None
+) -> list[list[int]]:
     prompts: Sequence[Sequence[int]] = ((0, 1, 2, 0, 1, 2, 0, 1), (3, 1, 3), (2,), (4, 5))
     requests = [
         Request(torch.tensor(list(p)), Stopper(max_new_tokens=max(1, tokens * (i + 1) // 4)))
@@ -86,6 +93,7 @@ def _run(policy: Policy, target: Target, tokens: int) -> list[list[int]]:
         acceptance=Lossless(),
         law=Law(),
         generator=torch.Generator().manual_seed(0),
+        batch_size=batch_size,
     )
     for _ in rounds:
         pass

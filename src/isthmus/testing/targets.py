@@ -22,9 +22,9 @@ def check_target(
 ) -> float:
     """Check that a target keeps the contract of :class:`isthmus.roles.Target`.
 
-    Ragged rows are prefilled, random trees scored and random paths kept, rolled back and forked;
-    after every forward each node is compared with a fresh session that was given the same prefix
-    in one piece.
+    Ragged rows are prefilled, random trees scored and random paths kept, rolled back, forked and
+    joined by new rows; after every forward each node is compared with a fresh session that was
+    given the same prefix in one piece.
 
     Args:
         target: The target.
@@ -63,7 +63,8 @@ def check_target(
         state = checker.round(session, state, f"round {number + 1}")
     checker.nothing_kept(session, state)
     state = checker.rolled_back(session, state)
-    checker.forked(session, state)
+    state = checker.forked(session, state)
+    checker.joined(session, state)
     checker.refusals(session)
     return checker.worst
 
@@ -213,7 +214,7 @@ class _Checker:
         self.lengths(session, state, "truncate")
         return self.round(session, state, "after truncate")
 
-    def forked(self, session: Session, state: list[torch.Tensor]) -> None:
+    def forked(self, session: Session, state: list[torch.Tensor]) -> list[torch.Tensor]:
         """A fork goes its own way and the original does not notice."""
         order = [0] if len(state) == 1 else [len(state) - 1, 0]
         twin = session.fork(order)
@@ -223,7 +224,34 @@ class _Checker:
         self.inputs = {k: v[order] for k, v in inputs.items()}
         self.round(twin, chosen, "in a fork")
         self.inputs = inputs
-        self.round(session, state, "in a session that was forked")
+        return self.round(session, state, "in a session that was forked")
+
+    def joined(self, session: Session, state: list[torch.Tensor]) -> None:
+        """Rows that were prefilled elsewhere follow the own ones, whichever are longer."""
+        if self.target.max_batch == 1:
+            try:
+                session.join(session)
+            except IsthmusError:
+                return
+            raise AssertionError("max_batch is 1, but a second row was not refused")
+        inputs = self.inputs
+        for turned in (False, True):
+            batch = len(state)
+            other = self.target.session(batch, **inputs)
+            rows = [self.draw(9 + 3 * b) for b in range(batch)]
+            other.prefill(rows)
+            pair = (other, session) if turned else (session, other)
+            both = [*rows, *state] if turned else [*state, *rows]
+            twin = pair[0].join(pair[1])
+            self.lengths(twin, both, "join")
+            self.inputs = {k: torch.cat([v, v]) for k, v in inputs.items()}
+            both = self.round(twin, both, "in a joined session")
+            # what joined may leave again
+            order = [2 * batch - 1, 0]
+            self.inputs = {k: v[order] for k, v in self.inputs.items()}
+            self.round(twin.fork(order), [both[r] for r in order], "in a fork of a joined session")
+            self.inputs = inputs
+        self.round(session, state, "in a session that was joined")
 
     def refusals(self, session: Session) -> None:
         """What reach and max_batch exclude must be refused, not computed wrongly."""

@@ -18,10 +18,12 @@ from typing import Any
 import torch
 
 from isthmus.claims import Ratio, Ruler, ratio
+from isthmus.decoding.drafters import ModelDrafter
 from isthmus.decoding.model import Model
+from isthmus.decoding.policy import Fixed
 from isthmus.errors import InvalidInputError, UnknownNameError
 from isthmus.models.hub import load_checkpoint
-from isthmus.roles import Acceptance, Policy
+from isthmus.roles import Acceptance, Policy, Shape
 from isthmus.workbench import peers
 from isthmus.workbench.reference import reference
 
@@ -277,6 +279,20 @@ def answer(
         [r.stats.acceptance_length for r in results],
         [r.stats.target_forwards for r in results],
     )
+
+
+def acceptance_rates(model: Model, prompts: Sequence[Sequence[int]], tokens: int) -> list[float]:
+    """Share of the draft model's tried tokens that stand, of each prompt, at temperature 1."""
+    assert model.draft_model is not None
+    policy = Fixed(ModelDrafter(model.draft_model), Shape(4, 4, 1))
+    rates = []
+    for row, prompt in enumerate(prompts):
+        ids = torch.tensor(list(prompt))
+        options: dict[str, Any] = {"temperature": 1.0, "ignore_end": True, "seed": row}
+        rounds = model.generate(ids, max_new_tokens=tokens, drafter=policy, **options).rounds
+        stood = sum(r.accepted for r in rounds)
+        rates.append(stood / max(1, stood + sum(r.accepted < r.nodes for r in rounds)))
+    return rates
 
 
 def _run(

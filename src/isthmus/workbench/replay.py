@@ -25,8 +25,8 @@ from isthmus.decoding.law import Law
 from isthmus.decoding.model import Model
 from isthmus.decoding.stopping import Stopper
 from isthmus.decoding.tree import TokenTree
-from isthmus.errors import InvalidInputError
-from isthmus.roles import Features, Policy, Reach, Scores, Taps
+from isthmus.errors import InvalidInputError, UnsupportedModelError
+from isthmus.roles import Features, Policy, Reach, Scores, Session, Taps
 
 
 @dataclass(frozen=True)
@@ -193,6 +193,14 @@ class ReplaySession:
         twin = ReplaySession(self.text)
         twin._length, twin._latest = self._length, self._latest.clone()
         return twin
+
+    def join(self, other: Session) -> ReplaySession:
+        """One text is one row.
+
+        Raises:
+            UnsupportedModelError: Always.
+        """
+        raise UnsupportedModelError("a recorded text is replayed one row at a time")
 
 
 def copy_rate(text: Text) -> float:

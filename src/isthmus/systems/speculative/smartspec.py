@@ -41,7 +41,7 @@ from isthmus.decoding.serving_simulator import (
 from isthmus.errors import InvalidInputError
 from isthmus.roles import PLAIN, Context, Drafter, Shape, Step, Target
 from isthmus.workbench import pycode
-from isthmus.workbench.bench import reference_model
+from isthmus.workbench.bench import acceptance_rates, reference_model
 
 
 @dataclass(frozen=True)
@@ -206,6 +206,11 @@ class Smartspec:
         self.goodput.rates.begin(context.batch)
         self.drafter.begin(context, target, **inputs)
 
+    def extend(self, context: Context, target: Target, **inputs: Any) -> None:
+        """More requests; they begin with the rate of all before them."""
+        self.goodput.join(context.batch)
+        self.drafter.extend(context, target, **inputs)
+
     def decide(self, context: Context, limit: Shape) -> tuple[Drafter | None, Shape]:
         """The lengths of this round."""
         if limit.nodes == 0:
@@ -240,20 +245,6 @@ class Smartspec:
         """Only these rows stay."""
         self.goodput.select(rows)
         self.drafter.select(rows)
-
-
-def acceptance_rates(model: Model, prompts: Sequence[Sequence[int]], tokens: int) -> list[float]:
-    """Share of tried draft tokens that stand, of each prompt, at temperature 1."""
-    assert model.draft_model is not None
-    policy = Fixed(ModelDrafter(model.draft_model), Shape(4, 4, 1))
-    rates = []
-    for row, prompt in enumerate(prompts):
-        ids = torch.tensor(list(prompt))
-        options: dict[str, Any] = {"temperature": 1.0, "ignore_end": True, "seed": row}
-        rounds = model.generate(ids, max_new_tokens=tokens, drafter=policy, **options).rounds
-        stood = sum(r.accepted for r in rounds)
-        rates.append(stood / max(1, stood + sum(r.accepted < r.nodes for r in rounds)))
-    return rates
 
 
 FIXED = (0, 1, 3, 5)

@@ -141,6 +141,11 @@ class TokenRecycling:
             self.store = AdjacencyStore(size, self.settings.k)
             if not self.settings.recycle:
                 self.store.table[:] = _random_rows(*self.store.table.shape)
+        self.extend(context, target, **inputs)
+
+    def extend(self, context: Context, target: Target, **inputs: Any) -> None:
+        """Fill the table from more prompts, where the settings ask for it."""
+        assert self.store is not None
         if self.settings.prefill_update and self.settings.recycle and target.reach != "step":
             for b in range(context.batch):
                 ids = context.row(b)[:-1]
