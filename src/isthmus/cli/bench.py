@@ -53,13 +53,16 @@ def decode(
     from isthmus.claims import Provenance, Ruler
     from isthmus.workbench import peers as engines
     from isthmus.workbench import pycode
-    from isthmus.workbench.bench import PEERS, bench
+    from isthmus.workbench.bench import PEERS, WIDE, bench
 
     loaded = load(model, dtype=dtype, device=device, draft_model=draft_model)
     if loaded.tokenizer is None:
         raise InvalidInputError("the bench writes code prompts and needs a model with a tokenizer")
+    offered = [p for p in PEERS if p != PEERS[2] or draft_model]
+    if loaded.target.state_dtype != loaded.target.dtype:  # a fast forward, computing in float32
+        offered = [PEERS[0], *(p + WIDE for p in offered)]
     chosen = list(methods) or [
-        *(p for p in PEERS if p != PEERS[2] or draft_model),
+        *offered,
         "none",
         "prompt-lookup",
         "token-recycling",

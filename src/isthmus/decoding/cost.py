@@ -286,6 +286,7 @@ def _fingerprint(target: HubTarget) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     parts = (
         target.model.config.to_json_string(use_diff=False),
+        type(target).__name__ + getattr(target, "weights", ""),
         str(target.dtype),
         str(device),
         name,

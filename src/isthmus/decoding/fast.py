@@ -11,7 +11,6 @@ plain and speculative decoding compute the same numbers bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,12 +29,16 @@ class FastTarget(HubTarget):
     Args:
         model: The model, in eval mode, on the CPU, in float32 or bfloat16.
 
+    Attributes:
+        weights: ``"int8"`` once they are rounded.
+
     Raises:
         UnsupportedModelError: The model is built in another way than the kernel knows, the kernel
             cannot be compiled here, or the two do not agree.
     """
 
     kernel: Kernel
+    weights = ""
 
     def __init__(self, model: Any) -> None:
         super().__init__(model, reach="tree")
@@ -88,6 +91,7 @@ class FastTarget(HubTarget):
         """
         self.kernel.program.to_int8()
         self.kernel = Kernel(self.kernel.program)
+        self.weights = "int8"
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Input embeddings float32 [..., D] of tokens [...], without positions."""
@@ -139,14 +143,6 @@ class FastSession(SlotSession):
             return None
         # committed tokens are appended in the order of their positions
         return torch.sort((~live).to(torch.uint8), dim=1, stable=True).indices.to(torch.int32)
-
-    def fork(self, rows: Sequence[int]) -> FastSession:
-        """Copies of the given rows."""
-        twin = object.__new__(FastSession)
-        twin.target, twin.encoded = self.target, {}
-        twin.cache = self.cache.select(rows)
-        twin._bind()
-        return twin
 
 
 def best_target(model: Any) -> HubTarget:

@@ -7,6 +7,7 @@ Every method of isthmus and of transformers decodes the same prompts in turn on 
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -28,7 +29,9 @@ from isthmus.workbench import peers
 from isthmus.workbench.reference import reference
 
 PEERS = ("transformers", "transformers prompt lookup", "transformers assisted")
-"""What transformers itself offers for the same job."""
+"""What transformers itself offers for the same job; " float32" behind a name widens the weights."""
+
+WIDE = " float32"
 
 SETTLE_S = 0.25
 """Pause before each run beside other processes: their threads may spin that long after a run."""
@@ -64,7 +67,8 @@ class Contestant:
         drafted: Draft tokens scored.
         median_s: Seconds over all prompts, median of the repeats.
         speedup: Against the first contestant, paired by repeat.
-        same: Prompts whose output equals the first contestant's.
+        same: Prompts whose output equals the first contestant's, or that of transformers in
+            float32 where it takes part.
         agreeing: Share of the tokens that come before the first difference from it.
         overhead: Share of the time outside target and drafter, or outside another engine's
             process; None for transformers.
@@ -152,13 +156,21 @@ def bench(
     """
     ids = [torch.tensor([list(p)], dtype=torch.int64) for p in prompts]
     contestants = {name: Contestant(name) for name in methods}
+    hub = model.target.model
+    wide = copy.deepcopy(hub).float() if any(m.endswith(WIDE) for m in methods) else hub
     ruler = ruler or Ruler()
     with ExitStack() as workers:
         runs = {}
         for name, contestant in contestants.items():
             engine = peers.parse(name)
             if engine is None:
-                contestant.precision = str(model.target.dtype).removeprefix("torch.")
+                kind, peer = name.removesuffix(WIDE), wide if name.endswith(WIDE) else hub
+                contestant.precision = str(peer.dtype).removeprefix("torch.")
+                if kind in PEERS:
+                    options = _peer_options(kind, model, max_new_tokens, temperature)
+                    runs[name] = _run_peer(peer, contestant, ids, options)
+                    continue
+                contestant.precision = getattr(model.target, "weights", "") or contestant.precision
                 runs[name] = _run(model, contestant, ids, max_new_tokens, temperature)
                 continue
             if checkpoint is None or temperature > 0:
@@ -173,7 +185,8 @@ def bench(
         if any(contestant.about for contestant in contestants.values()):
             ruler = replace(ruler, progress=_settling(ruler.progress))
         timings = ruler.compare(runs, repeats=repeats)
-    first = contestants[methods[0]]
+    # without a unit for it bfloat16 rounds more in transformers than here
+    first = contestants.get(PEERS[0] + WIDE, contestants[methods[0]])
     for name, contestant in contestants.items():
         contestant.median_s = timings[name].median_s
         contestant.speedup = ratio(timings[methods[0]], timings[name])
@@ -298,8 +311,6 @@ def acceptance_rates(model: Model, prompts: Sequence[Sequence[int]], tokens: int
 def _run(
     model: Model, out: Contestant, ids: list[torch.Tensor], budget: int, temperature: float
 ) -> Callable[[], None]:
-    if out.name in PEERS:
-        return _run_peer(model, out, ids, budget, temperature)
     policy = model.policy(out.name)
 
     def run() -> None:
@@ -323,10 +334,7 @@ def _run(
     return run
 
 
-def _run_peer(
-    model: Model, out: Contestant, ids: list[torch.Tensor], budget: int, temperature: float
-) -> Callable[[], None]:
-    hub = model.target.model
+def _peer_options(kind: str, model: Model, budget: int, temperature: float) -> dict[str, Any]:
     options: dict[str, Any] = {
         "max_new_tokens": budget,
         "do_sample": temperature > 0,
@@ -335,13 +343,18 @@ def _run_peer(
     }
     if temperature > 0:
         options |= {"temperature": temperature, "top_k": 0}
-    if out.name == "transformers prompt lookup":
+    if kind == "transformers prompt lookup":
         options["prompt_lookup_num_tokens"] = 10
-    elif out.name == "transformers assisted":
+    elif kind == "transformers assisted":
         if model.draft_model is None:
-            raise UnknownNameError("method", out.name, [], hint="- it needs a draft model")
+            raise UnknownNameError("method", kind, [], hint="- it needs a draft model")
         options["assistant_model"] = model.draft_model.model
+    return options
 
+
+def _run_peer(
+    hub: Any, out: Contestant, ids: list[torch.Tensor], options: dict[str, Any]
+) -> Callable[[], None]:
     def run() -> None:
         calls = 0
 
