@@ -200,6 +200,7 @@ def test_without_ray_the_command_to_install_it_is_named(run: Run) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
+@pytest.mark.filterwarnings("ignore")  # Ray warns of its own settings
 def test_two_workers_of_a_cluster_give_the_same_answers(run: Run, tmp_path: Path) -> None:
     source, outputs = tmp_path / "prompts.jsonl", (tmp_path / "a.jsonl", tmp_path / "b.jsonl")
     source.write_text(text_of(ROWS))

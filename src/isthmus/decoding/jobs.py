@@ -174,7 +174,6 @@ def answers_on_ray(
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     if not ray.is_initialized():
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         ray.init(log_to_driver=False, logging_level="error")
     resources = ray.cluster_resources()
     gpus = int(resources.get("GPU", 0))
