@@ -121,7 +121,7 @@ def decode(
         table.add_row(
             row.about or row.name,
             row.precision,
-            f"{row.tokens_per_s:.1f}",
+            f"{row.tokens_per_s:.{1 if row.tokens_per_s >= 10 else 3}f}",
             str(row.speedup),
             "" if length is None else f"{length:.2f}",
             "" if row.forwards is None else str(row.forwards),
