@@ -183,7 +183,7 @@ static inline vf activate(vf x, int kind) {
  * into the same order: part p of a block of LANES * P values holds those at p, p + P, p + 2P ...
  */
 
-enum { TILE = 64, CHUNK = 96, STRIPE = 512 };
+enum { FETCH = 16384, TILE = 64, CHUNK = 96, STRIPE = 512, GROUP = 8, FEW = 4, SOME = 32 };
 static const int64_t PARTS[] = {1, 2, 4};
 static const int64_t SIZES[] = {4, 2, 1};
 
@@ -191,10 +191,30 @@ static inline vf part_f32(vi w, int p) { (void)p; return (vf)w; }
 static inline vf part_bf16(vi w, int p) { return (vf)(p ? w & (int32_t)0xffff0000 : w << 16); }
 static inline vf part_i8(vi w, int p) { return __builtin_convertvector(w << (24 - 8 * p) >> 24, vf); }
 
-static void deal(const float *x, int64_t K, int64_t parts, float *out) {
-  for (int64_t k = 0; k < K; k += LANES * parts)
-    for (int64_t p = 0; p < parts; p++)
-      for (int64_t i = 0; i < LANES; i++) out[k + p * LANES + i] = x[k + i * parts + p];
+#if LANES == 16
+#define EVEN(a, b) \
+  __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
+#define ODD(a, b) \
+  __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)
+#else
+#define EVEN(a, b) __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14)
+#define ODD(a, b) __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15)
+#endif
+
+static void deal(const float *x, int64_t count, int dtype, float *out) {
+  for (int64_t k = 0; k < count; k += LANES * PARTS[dtype], x += LANES * PARTS[dtype]) {
+    vf a = load(x), b = load(x + LANES), e = EVEN(a, b), o = ODD(a, b);
+    if (dtype == INT8) {
+      vf c = load(x + 2 * LANES), d = load(x + 3 * LANES), f = EVEN(c, d), p = ODD(c, d);
+      store(out + k, EVEN(e, f));
+      store(out + k + LANES, EVEN(o, p));
+      store(out + k + 2 * LANES, ODD(e, f));
+      store(out + k + 3 * LANES, ODD(o, p));
+    } else {
+      store(out + k, e);
+      store(out + k + LANES, o);
+    }
+  }
 }
 
 /* y [C, R] = x [C, K] times R rows of weights, values from .. to of each; the rows that come `ahead`
@@ -237,34 +257,23 @@ static void deal(const float *x, int64_t K, int64_t parts, float *out) {
     }                                                                                            \
   }
 
-/* Few columns: the weights pass by once, whole rows at a time. */
-#define COLUMNS(NAME, C, R)                                                                      \
-  for (; n + C <= N; n += C) {                                                                   \
-    int64_t r = 0;                                                                               \
-    if (n == 0)                                                                                  \
-      for (; r + R <= rows; r += R)                                                              \
-        NAME##_##R##x##C(x + n * K, K, w + r * row, y + n * ys + r, ys, R * row, 0, K, 0);       \
-    for (; r + R <= rows; r += R)                                                                \
-      NAME##_##R##x##C(x + n * K, K, w + r * row, y + n * ys + r, ys, 0, 0, K, 0);               \
-    for (; r < rows; r++)                                                                        \
-      NAME##_1x##C(x + n * K, K, w + r * row, y + n * ys + r, ys, 0, 0, K, 0);                   \
-  }
+#define PAIRS(NAME, C, R)                                                                        \
+  for (; r + R <= end; r += R) {                                                                 \
+    const char *rows_here = w + r * row;                                                         \
+    float *sums_here = y + n * ys + r, *open_here = open + (r - g) * C * LANES;                  \
+    if (N <= FEW || (N <= SOME && (r - g) / R % tiles == tile))                                  \
+      NAME##_##R##x##C(x + n * K, K, rows_here, sums_here, ys, (N <= FEW ? R : GROUP) * row,     \
+                       from, to, open_here);                                                     \
+    else                                                                                         \
+      NAME##_##R##x##C(x + n * K, K, rows_here, sums_here, ys, 0, from, to, open_here);          \
+  }                                                                                              \
+  for (; r < end; r++)                                                                           \
+    NAME##_1x##C(x + n * K, K, w + r * row, y + n * ys + r, ys, 0, from, to,                     \
+                 open + (r - g) * C * LANES);
 
-/* Many columns: as much of x as stays in the first-level cache, against all rows. */
-#define STRIPES(NAME, C)                                                                         \
-  for (; n + C <= N; n += C) {                                                                   \
-    for (int64_t from = 0, to; from < K; from = to) {                                            \
-      to = from + STRIPE < K ? from + STRIPE : K;                                                \
-      int64_t r = 0;                                                                             \
-      for (; r + 2 <= rows; r += 2)                                                              \
-        NAME##_2x##C(x + n * K, K, w + r * row, y + n * ys + r, ys, 0, from, to,                 \
-                     open + r * C * LANES);                                                      \
-      for (; r < rows; r++)                                                                      \
-        NAME##_1x##C(x + n * K, K, w + r * row, y + n * ys + r, ys, 0, from, to,                 \
-                     open + r * C * LANES);                                                      \
-    }                                                                                            \
-  }
-
+/* Few columns: the weights pass by, row after row. Some: a group of rows stays in the first-level
+ * cache until all columns have met it, and the next group is fetched meanwhile. Many: as much of
+ * the columns stays there, against all rows. */
 #define PRODUCT(NAME, PART, P)                                                                   \
   BLOCK(NAME, PART, P, 2, 6) BLOCK(NAME, PART, P, 1, 6)                                          \
   BLOCK(NAME, PART, P, 2, 4) BLOCK(NAME, PART, P, 1, 4)                                          \
@@ -272,11 +281,24 @@ static void deal(const float *x, int64_t K, int64_t parts, float *out) {
   BLOCK(NAME, PART, P, 4, 1) BLOCK(NAME, PART, P, 1, 1)                                          \
   static void NAME(const float *x, int64_t K, int64_t N, const char *w, int64_t rows,            \
                    float *y, int64_t ys) {                                                       \
-    const int64_t row = K * 4 / P;                                                               \
+    const int64_t row = K * 4 / P, tiles = (N + 5) / 6;                                          \
+    const int64_t group = N > FEW && N <= SOME ? GROUP : rows, part = N <= SOME ? K : STRIPE;    \
     float open[CHUNK * 6 * LANES];                                                               \
-    int64_t n = 0;                                                                               \
-    if (N > 8) { STRIPES(NAME, 6) }                                                              \
-    COLUMNS(NAME, 4, 2) COLUMNS(NAME, 2, 4) COLUMNS(NAME, 1, 4)                                  \
+    for (int64_t g = 0; g < rows; g += group) {                                                  \
+      int64_t end = g + group < rows ? g + group : rows;                                         \
+      for (int64_t n = 0, c, tile = 0; n < N; n += c, tile++) {                                  \
+        int64_t left = N - n;                                                                    \
+        c = left >= 6 && left != 8 ? 6 : left >= 4 ? 4 : left >= 2 ? 2 : 1;                      \
+        for (int64_t from = 0, to; from < K; from = to) {                                        \
+          to = from + part < K ? from + part : K;                                                \
+          int64_t r = g;                                                                         \
+          if (c == 6) { PAIRS(NAME, 6, 2) }                                                      \
+          if (c == 4) { PAIRS(NAME, 4, 2) }                                                      \
+          if (c == 2) { PAIRS(NAME, 2, 4) }                                                      \
+          if (c == 1) { PAIRS(NAME, 1, 4) }                                                      \
+        }                                                                                        \
+      }                                                                                          \
+    }                                                                                            \
   }
 
 PRODUCT(product_f32, part_f32, 1)
@@ -284,21 +306,23 @@ PRODUCT(product_bf16, part_bf16, 2)
 PRODUCT(product_i8, part_i8, 4)
 
 
-/* y [N, rows] (stride ys) = x [N, K] times rows of a weight matrix; scratch holds TILE x K. */
+/* y [N, rows] (stride ys) = x [N, K] times rows of a weight matrix. What is dealt is kept in tile,
+ * TILE x K, and dealt again only where it does not all fit. */
 static void multiply(const float *x, int64_t K, int64_t N, const void *weight, int dtype,
                      const float *scale, int64_t first, int64_t rows, float *y, int64_t ys,
-                     float *scratch) {
+                     float *tile, int *dealt) {
   const char *w = (const char *)weight + first * K * SIZES[dtype];
   for (int64_t n = 0; n < N; n += TILE) {
     int64_t count = N - n < TILE ? N - n : TILE;
-    const float *tile = x + n * K;
+    const float *part = x + n * K;
     if (dtype != FLOAT32) {
-      for (int64_t c = 0; c < count; c++) deal(tile + c * K, K, PARTS[dtype], scratch + c * K);
-      tile = scratch;
+      if (!*dealt) deal(part, count * K, dtype, tile);
+      *dealt = N <= TILE;
+      part = tile;
     }
-    if (dtype == FLOAT32) product_f32(tile, K, count, w, rows, y + n * ys, ys);
-    if (dtype == BFLOAT16) product_bf16(tile, K, count, w, rows, y + n * ys, ys);
-    if (dtype == INT8) product_i8(tile, K, count, w, rows, y + n * ys, ys);
+    if (dtype == FLOAT32) product_f32(part, K, count, w, rows, y + n * ys, ys);
+    if (dtype == BFLOAT16) product_bf16(part, K, count, w, rows, y + n * ys, ys);
+    if (dtype == INT8) product_i8(part, K, count, w, rows, y + n * ys, ys);
   }
   if (scale)
     for (int64_t n = 0; n < N; n++)
@@ -315,8 +339,24 @@ typedef struct Pieces { int32_t taken, done, apart[14]; } Pieces;
 static inline int64_t take(Pieces *pieces) {
   return __atomic_fetch_add(&pieces->taken, 1, __ATOMIC_RELAXED);
 }
-static inline void finish(Pieces *pieces) {
-  __atomic_fetch_add(&pieces->done, 1, __ATOMIC_RELEASE);
+static inline void finish(Pieces *pieces, int64_t count) {
+  __atomic_fetch_add(&pieces->done, count, __ATOMIC_RELEASE);
+}
+
+/* Rows of a product for one thread: fewer and fewer, so that all threads end together. */
+static inline int64_t take_rows(Pieces *pieces, int64_t O, int64_t least, int64_t most,
+                                int64_t threads, int64_t *first) {
+  int32_t start = __atomic_load_n(&pieces->taken, __ATOMIC_RELAXED);
+  int64_t rows;
+  do {
+    rows = (O - start) / (2 * threads) / 16 * 16;
+    rows = rows > most ? most : rows < least && least < most ? least : rows < 16 ? 16 : rows;
+    rows = O - start < rows ? O - start : rows;
+    if (rows <= 0) return 0;
+  } while (!__atomic_compare_exchange_n(&pieces->taken, &start, (int32_t)(start + rows), 1,
+                                        __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+  *first = start;
+  return rows;
 }
 static inline void wait_for(Pieces *pieces, int64_t count) {
   for (int64_t tries = 0; __atomic_load_n(&pieces->done, __ATOMIC_ACQUIRE) < count; tries++) {
@@ -331,7 +371,7 @@ static inline void wait_for(Pieces *pieces, int64_t count) {
 
 static int64_t embed(const Op *op, const Call *call, Pieces *pieces) {
   int64_t rows = call->batch * call->nodes, D = op->out_width;
-  for (int64_t n; (n = take(pieces)) < rows; finish(pieces))
+  for (int64_t n; (n = take(pieces)) < rows; finish(pieces, 1))
     for (int64_t d = 0; d < D; d++)
       call->buffers[op->target][n * D + d] =
           op->factor * read_as(op->weight, call->tokens[n] * D + d, op->dtype);
@@ -361,7 +401,7 @@ static void normalize(const float *x, float *y, int64_t D, const Op *op, const v
 
 static int64_t norm(const Op *op, const Call *call, Pieces *pieces) {
   int64_t rows = call->batch * call->nodes, D = op->in_width;
-  for (int64_t n; (n = take(pieces)) < rows; finish(pieces))
+  for (int64_t n; (n = take(pieces)) < rows; finish(pieces, 1))
     normalize(call->buffers[op->source] + n * D, call->buffers[op->target] + n * D, D, op,
               op->weight);
   return rows;
@@ -369,18 +409,18 @@ static int64_t norm(const Op *op, const Call *call, Pieces *pieces) {
 
 static int64_t linear(const Op *op, const Call *call, Pieces *pieces, float *scratch) {
   int64_t N = call->batch * call->nodes, K = op->in_width, O = op->out_width;
-  /* rows of one piece: whole vectors, some pieces for every thread, and they fit a cache */
-  int64_t size = O / (call->threads * 4), most = 262144 / (K * SIZES[op->dtype]);
-  size = (size < most ? size : most) / LANES * LANES;
-  size = size < LANES ? LANES : size > CHUNK ? CHUNK : size;
+  int64_t size = 262144 / (K * SIZES[op->dtype]) / 16 * 16;  /* what stays in a cache */
+  size = size < 16 ? 16 : size > CHUNK ? CHUNK : size;
   const float *x = call->buffers[op->source];
   float *y = call->buffers[op->target] + op->offset, *out = scratch, *more = out + N * size;
   float *tile = more + N * size;
-  for (int64_t first; (first = take(pieces) * size) < O; finish(pieces)) {
-    int64_t rows = O - first < size ? O - first : size;
-    multiply(x, K, N, op->weight, op->dtype, op->scale, first, rows, out, size, tile);
+  int dealt = 0;
+  int64_t least = N <= FEW ? 16 : 48;
+  for (int64_t first, rows; (rows = take_rows(pieces, O, least, size, call->threads, &first)) > 0;
+       finish(pieces, rows)) {
+    multiply(x, K, N, op->weight, op->dtype, op->scale, first, rows, out, size, tile, &dealt);
     if (op->gate)
-      multiply(x, K, N, op->gate, op->dtype, op->gate_scale, first, rows, more, size, tile);
+      multiply(x, K, N, op->gate, op->dtype, op->gate_scale, first, rows, more, size, tile, &dealt);
     for (int64_t n = 0; n < N; n++) {
       float *from = out + n * size, *gate = more + n * size, *to = y + n * op->stride + first;
       if (op->bias)
@@ -397,7 +437,7 @@ static int64_t linear(const Op *op, const Call *call, Pieces *pieces, float *scr
         memcpy(to, from, rows * sizeof(float));
     }
   }
-  return (O + size - 1) / size;
+  return O;
 }
 
 static inline void put(void *cache, int64_t i, const float *row, int64_t D, int dtype) {
@@ -410,7 +450,7 @@ static inline void put(void *cache, int64_t i, const float *row, int64_t D, int 
 static int64_t rotate(const Op *op, const Call *call, Pieces *pieces) {
   int64_t H = call->heads, G = call->kv_heads, D = call->head_dim, R = call->rotary_dim;
   int64_t width = (H + 2 * G) * D, rows = call->batch * call->nodes;
-  for (int64_t n; (n = take(pieces)) < rows; finish(pieces)) {
+  for (int64_t n; (n = take(pieces)) < rows; finish(pieces, 1)) {
     float *row = call->buffers[op->source] + n * width;
     const float *c = call->cosines + call->positions[n] * R;
     const float *s = call->sines + call->positions[n] * R;
@@ -492,28 +532,30 @@ static inline void score(const float *const *q, const void *keys, int64_t one, i
 }
 
 /* Weighted values of slots start .. end, vectors d .. d + V, added to what is in out. */
-#define GATHER(V)                                                                            \
-  static inline void gather_##V(float *const *p, float *const *out, const void *values,      \
+#define GATHER(Q, V)                                                                         \
+  static inline void gather_##Q##x##V(float *const *p, float *const *out, const void *values,\
                                 int64_t base, const int32_t *live, int64_t start,            \
                                 int64_t end, int64_t D, int64_t d, int dtype) {              \
-    vf a[QUERIES][V];                                                                        \
-    UNROLL for (int i = 0; i < QUERIES; i++)                                                 \
+    vf a[Q][V];                                                                              \
+    UNROLL for (int i = 0; i < Q; i++)                                                       \
       UNROLL for (int v = 0; v < V; v++) a[i][v] = load(out[i] + d + v * LANES);             \
     for (int64_t t = start; t < end; t++) {                                                  \
       int64_t at = base + (live ? live[t] : t) * D + d;                                      \
       vf value[V];                                                                           \
-      UNROLL for (int v = 0; v < V; v++) value[v] = load_cache(values, at + v * LANES, dtype); \
-      UNROLL for (int i = 0; i < QUERIES; i++) {                                             \
+      UNROLL for (int v = 0; v < V; v++) value[v] = load_cache(values, at + v * LANES, dtype);\
+      UNROLL for (int i = 0; i < Q; i++) {                                                   \
         vf weight = splat(p[i][t]);                                                          \
         UNROLL for (int v = 0; v < V; v++) a[i][v] = fma_(weight, value[v], a[i][v]);        \
       }                                                                                      \
     }                                                                                        \
-    UNROLL for (int i = 0; i < QUERIES; i++)                                                 \
+    UNROLL for (int i = 0; i < Q; i++)                                                       \
       UNROLL for (int v = 0; v < V; v++) store(out[i] + d + v * LANES, a[i][v]);             \
   }
 
-GATHER(2)
-GATHER(1)
+GATHER(4, 2)
+GATHER(4, 1)
+GATHER(1, 8)
+GATHER(1, 1)
 
 /* Attention of a block of queries that share a key head: nodes x query heads of the group. A query
  * sees the committed tokens of its row, then its ancestors, in the order of their positions. */
@@ -552,7 +594,24 @@ static inline void attend_block(const Op *op, const Call *call, int64_t b, int64
   ((j) <= node[i] && (!seen || seen[node[i] * N + (j)]) &&                      \
    (!op->window || places[node[i]] - places[j] < op->window))
   v4 s[2];
-  for (int64_t t = lowest; t < shared; t += 2) {
+  int64_t t = lowest;
+  if (count == 1)  /* one query: four keys at once */
+    for (; t + 4 <= shared; t += 4) {
+      vf a[4];
+      int64_t at[4];
+      UNROLL for (int i = 0; i < 4; i++) {
+        a[i] = splat(0.0f);
+        at[i] = base + (live ? live[t + i] : t + i) * D;
+      }
+      for (int64_t d = 0; d < D; d += LANES) {
+        vf x = load(q[0] + d);
+        UNROLL for (int i = 0; i < 4; i++)
+          a[i] = fma_(x, load_cache(call->keys, at[i] + d, dtype), a[i]);
+      }
+      v4 four = sums(a[0], a[1], a[2], a[3]);
+      memcpy(p[0] + t, &four, sizeof four);
+    }
+  for (; t < shared; t += 2) {
     int64_t next = t + 1 < shared ? t + 1 : t;
     score(q, call->keys, base + (live ? live[t] : t) * D, base + (live ? live[next] : next) * D, D,
           dtype, s);
@@ -576,10 +635,16 @@ static inline void attend_block(const Op *op, const Call *call, int64_t b, int64
   for (int64_t start = lowest; start < shared; start += SLOTS) {  /* a tile of values stays close */
     int64_t end = start + SLOTS < shared ? start + SLOTS : shared;
     int64_t d = 0;
+    if (count == 1) {
+      for (; d + 8 * LANES <= D; d += 8 * LANES)
+        gather_1x8(p, out, call->values, base, live, start, end, D, d, dtype);
+      for (; d < D; d += LANES)
+        gather_1x1(p, out, call->values, base, live, start, end, D, d, dtype);
+    }
     for (; d + 2 * LANES <= D; d += 2 * LANES)
-      gather_2(p, out, call->values, base, live, start, end, D, d, dtype);
+      gather_4x2(p, out, call->values, base, live, start, end, D, d, dtype);
     for (; d < D; d += LANES)
-      gather_1(p, out, call->values, base, live, start, end, D, d, dtype);
+      gather_4x1(p, out, call->values, base, live, start, end, D, d, dtype);
   }
   for (int64_t i = 0; i < count; i++) {
     int64_t t = shared;
@@ -597,7 +662,7 @@ static inline void attend_block(const Op *op, const Call *call, int64_t b, int64
 static int64_t attend(const Op *op, const Call *call, Pieces *pieces, float *scratch) {
   int64_t all = call->nodes * (call->heads / call->kv_heads);
   int64_t blocks = (all + QUERIES - 1) / QUERIES, rows = call->batch * call->kv_heads;
-  for (int64_t task; (task = take(pieces)) < rows * blocks; finish(pieces)) {
+  for (int64_t task; (task = take(pieces)) < rows * blocks; finish(pieces, 1)) {
     int64_t row = task / blocks, first = task % blocks * QUERIES;
     int64_t count = all - first < QUERIES ? all - first : QUERIES;
     int64_t b = row / call->kv_heads, g = row % call->kv_heads;
@@ -615,9 +680,16 @@ static int64_t tap(const Op *op, const Call *call, Pieces *pieces) {
   if (!take(pieces)) {
     memcpy(call->taps + call->tapped[op->layer] * rows * D, call->buffers[op->source],
            rows * D * sizeof(float));
-    finish(pieces);
+    finish(pieces, 1);
   }
   return 1;
+}
+
+static void fetch(const Op *op) {
+  for (int64_t i = 0; i < FETCH; i += 64) {
+    __builtin_prefetch((const char *)op->weight + i, 0, 2);
+    if (op->gate) __builtin_prefetch((const char *)op->gate + i, 0, 2);
+  }
 }
 
 static void run(const Op *ops, int64_t count, const Call *call, int thread) {
@@ -636,6 +708,12 @@ static void run(const Op *ops, int64_t count, const Call *call, int thread) {
       case TAP: all = tap(op, call, pieces); break;
     }
     expected[open++] = all;
+    if (op->wait)  /* whoever is early fetches what comes next */
+      for (int64_t j = i + 1; j < count && j < i + 3; j++)
+        if (ops[j].kind == LINEAR) {
+          fetch(ops + j);
+          break;
+        }
     if (!op->wait && open < 8 && i + 1 < count) continue;
     for (int64_t j = 0; j < open; j++) wait_for(pieces - j, expected[open - 1 - j]);
     open = 0;
