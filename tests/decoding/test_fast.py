@@ -214,6 +214,28 @@ def test_a_model_that_computes_something_else_is_found_out() -> None:
         FastTarget(model)
 
 
+def test_weights_that_change_or_move_after_loading_are_followed() -> None:
+    model = make("Llama")
+    target = FastTarget(model)
+    root = TokenTree.root(torch.tensor([5]))
+
+    def logits() -> torch.Tensor:
+        return target.session(1).score(root).logits
+
+    first = logits()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    assert torch.equal(logits(), 2 * first)
+    model.to(torch.bfloat16).to(torch.float32)  # other places, rounded numbers
+    again = logits()
+    assert not torch.equal(again, 2 * first)
+    with torch.no_grad():
+        torch.testing.assert_close(again[0, 0], model(root.tokens).logits[0, 0])
+    model.double()
+    with pytest.raises(UnsupportedModelError, match="float32"):
+        logits()
+
+
 def test_without_a_compiler_everything_works_and_the_reason_is_known(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

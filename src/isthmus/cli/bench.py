@@ -128,6 +128,8 @@ def decode(
             f"{row.same}/{prompts} ({row.agreeing:.0%})" if temperature == 0 else "sampled",
         )
     table.caption = "same output: prompts, and the share of tokens before the first difference"
+    if loaded.target.why_general:
+        table.caption += f"; module by module: {loaded.target.why_general}"
     console().print(table)
     return 0
 
@@ -382,6 +384,8 @@ def roofline(
         )
     screen.print(f"  start an operation: {1e6 * roof.launch_s:.2f} us")
     screen.print(f"  memory decides below {roof.ridge(number):.1f} FLOP per byte in {number}")
+    if target.why_general:
+        screen.print(f"  module by module: {target.why_general}")
     if roof.noisy:
         screen.print("  other programs were using this machine; take all of this with care")
     table = Table(title=f"{name}, {number}, {_size(found[0].work.bytes)} a token")

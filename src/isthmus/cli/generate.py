@@ -142,6 +142,7 @@ def generate(
                 **result.to_dict(),
                 "dtype": str(loaded.target.dtype).removeprefix("torch."),
                 "device": str(loaded.target.device),
+                "why_general": loaded.target.why_general,
             }
         )
         return code

@@ -5,6 +5,8 @@ the forward of a session is another one. Weights are read where transformers has
 held twice, and in the dtype they have; arithmetic is float32 throughout, which in bfloat16 rounds
 less than the model itself. That both agree is checked when the target is made.
 
+Weights may change in place or be moved; hooks that are put on modules later are not run.
+
 Sums are taken in an order that depends neither on the number of nodes nor on the slot of a key, so
 plain and speculative decoding compute the same numbers bit for bit.
 """
@@ -103,6 +105,10 @@ class FastTarget(HubTarget):
 
     def session(self, batch: int, **inputs: Any) -> Session:
         """Open a session; see :meth:`HubTarget.session`."""
+        if self.kernel.program.stale:
+            self._prepare()
+            if self.weights:
+                self.to_int8()
         if inputs:
             return super().session(batch, **inputs)  # which says that there is no encoder
         return FastSession(self, batch, {})

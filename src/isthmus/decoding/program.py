@@ -71,6 +71,7 @@ class Program:
     Attributes:
         ops: The operations in order; the last one makes the logits.
         tensors: Every tensor whose address is in an operation, kept alive.
+        sources: The parameters that the first of them were taken from.
         layers: Decoder layers L.
         hidden_size: Width D of the residual stream.
         heads: Query heads.
@@ -79,7 +80,6 @@ class Program:
         inner: Width of the MLP.
         vocab_size: Width V of the logits.
         rotary: The model's own module of cosines and sines.
-        used: Names of the parameters that the program reads.
     """
 
     layers: int
@@ -92,6 +92,13 @@ class Program:
     rotary: Any
     ops: list[Op] = field(default_factory=list)
     tensors: list[torch.Tensor] = field(default_factory=list)
+    sources: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def stale(self) -> bool:
+        """Whether a parameter of the model has moved since, as ``model.to(...)`` does it."""
+        pairs = zip(self.sources, self.tensors, strict=False)
+        return any(source.data_ptr() != kept.data_ptr() for source, kept in pairs)
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -111,7 +118,8 @@ class Program:
             if isinstance(value, torch.Tensor):
                 if not value.is_contiguous():
                     raise UnsupportedModelError("a weight is not laid out row by row")
-                self.tensors.append(value)
+                self.tensors.append(value.detach())  # lives on when the parameter is given others
+                self.sources.append(value)
                 if name == "weight":
                     op.dtype = DTYPES[value.dtype]
                 elif name == "bias":
