@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -126,6 +127,22 @@ def test_threads_do_not_change_a_bit(two_threads: None) -> None:
         session = target.session(1)
         logits.append(session.score(TokenTree(tokens, chain_topology(60))).logits)
     assert torch.equal(*logits)
+
+
+def test_two_python_threads_share_a_target() -> None:
+    model = Model(make("Llama"))
+    prompts = [torch.arange(1, 30), torch.arange(30, 50)]
+
+    def write(prompt: torch.Tensor) -> list[int]:
+        out: list[int] = model.generate(
+            prompt, max_new_tokens=60, drafter="none", ignore_end=True
+        ).tokens
+        return out
+
+    alone = [write(prompt) for prompt in prompts]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(3):
+            assert list(pool.map(write, prompts)) == alone
 
 
 def test_a_cache_that_grows_and_a_text_longer_than_the_first_table() -> None:

@@ -12,6 +12,7 @@ import os
 import platform
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,7 @@ class Kernel:
         self.pieces = torch.zeros(len(program.ops), 16, dtype=torch.int32)
         self.widest = max(op.in_width for op in program.ops)
         self.rows = self.slots = 0
+        self.lock = threading.Lock()  # the buffers are those of one forward
         self.call = Call()
         self.cosines = self.sines = torch.empty(0)
 
@@ -166,11 +168,12 @@ class Kernel:
         states = hidden.reshape(-1, hidden.shape[-1]).float().contiguous()
         out = torch.empty(len(states), self.program.vocab_size)
         call = self.call
-        self.reserve(len(states), 0)
-        call.batch, call.nodes = 1, len(states)
-        call.buffers[NORMED], call.buffers[LOGITS] = states.data_ptr(), out.data_ptr()
-        self._run(len(self.ops) - 1, len(self.ops))
-        call.buffers[NORMED] = self.buffers[NORMED].data_ptr()
+        with self.lock:
+            self.reserve(len(states), 0)
+            call.batch, call.nodes = 1, len(states)
+            call.buffers[NORMED], call.buffers[LOGITS] = states.data_ptr(), out.data_ptr()
+            self._run(len(self.ops) - 1, len(self.ops))
+            call.buffers[NORMED] = self.buffers[NORMED].data_ptr()
         return out.reshape(*hidden.shape[:-1], -1)
 
     def _run(self, first: int, last: int) -> None:
@@ -212,31 +215,32 @@ class Kernel:
             wanted.
         """
         batch, nodes = tokens.shape
-        call, program = self.call, self.program
-        self.reserve(batch * nodes, used + nodes)
-        self.rotate(int(positions.max()) + 1)
-        tokens, positions = tokens.contiguous(), positions.contiguous()
-        call.batch, call.nodes, call.used = batch, nodes, used
-        call.tokens, call.positions = tokens.data_ptr(), positions.data_ptr()
-        call.ancestors = call.live = call.taps = None
-        if ancestors is not None:
-            ancestors = ancestors.contiguous()
-            call.ancestors = ancestors.data_ptr()
-            call.ancestor_stride = nodes * nodes if len(ancestors) > 1 else 0
-        if live is not None:
-            call.live = live.data_ptr()
-        call.lengths = lengths.data_ptr()
-        call.keys, call.values = keys.data_ptr(), values.data_ptr()
-        call.capacity, call.layer_stride = keys.shape[3], keys.stride(0)
-        call.cache_dtype = DTYPES[keys.dtype]
-        states = out = None
-        if tapped:
-            places = torch.full((program.layers + 2,), -1, dtype=torch.int32)
-            places[list(tapped)] = torch.arange(len(tapped), dtype=torch.int32)
-            states = torch.empty(len(tapped), batch, nodes, program.hidden_size)
-            call.taps, call.tapped = states.data_ptr(), places.data_ptr()
-        if logits:
-            out = torch.empty(batch, nodes, program.vocab_size)
-            call.buffers[LOGITS] = out.data_ptr()
-        self._run(0, len(self.ops) - (not logits))
+        with self.lock:
+            call, program = self.call, self.program
+            self.reserve(batch * nodes, used + nodes)
+            self.rotate(int(positions.max()) + 1)
+            tokens, positions = tokens.contiguous(), positions.contiguous()
+            call.batch, call.nodes, call.used = batch, nodes, used
+            call.tokens, call.positions = tokens.data_ptr(), positions.data_ptr()
+            call.ancestors = call.live = call.taps = None
+            if ancestors is not None:
+                ancestors = ancestors.contiguous()
+                call.ancestors = ancestors.data_ptr()
+                call.ancestor_stride = nodes * nodes if len(ancestors) > 1 else 0
+            if live is not None:
+                call.live = live.data_ptr()
+            call.lengths = lengths.data_ptr()
+            call.keys, call.values = keys.data_ptr(), values.data_ptr()
+            call.capacity, call.layer_stride = keys.shape[3], keys.stride(0)
+            call.cache_dtype = DTYPES[keys.dtype]
+            states = out = None
+            if tapped:
+                places = torch.full((program.layers + 2,), -1, dtype=torch.int32)
+                places[list(tapped)] = torch.arange(len(tapped), dtype=torch.int32)
+                states = torch.empty(len(tapped), batch, nodes, program.hidden_size)
+                call.taps, call.tapped = states.data_ptr(), places.data_ptr()
+            if logits:
+                out = torch.empty(batch, nodes, program.vocab_size)
+                call.buffers[LOGITS] = out.data_ptr()
+            self._run(0, len(self.ops) - (not logits))
         return out, states
