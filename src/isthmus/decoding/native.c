@@ -21,11 +21,7 @@
 #include <omp.h>
 #endif
 
-#if defined(__AVX512F__)
-#define LANES 16
-#else
-#define LANES 8
-#endif
+enum { LANES = 8 };  /* the same on every machine, so that sums are the same, too */
 #define VECTOR(n) __attribute__((vector_size(n)))
 typedef float vf VECTOR(LANES * 4);
 typedef int32_t vi VECTOR(LANES * 4);
@@ -84,9 +80,7 @@ static inline vf splat(float x) { vf v; for (int i = 0; i < LANES; i++) v[i] = x
 
 /* a * b + c, rounded once wherever it stands: left to the compiler it would be at some places only */
 static inline vf fma_(vf a, vf b, vf c) {
-#if LANES == 16
-  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__)
+#if defined(__FMA__)
   return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
   for (int i = 0; i < LANES; i++) c[i] = fmaf(a[i], b[i], c[i]);
@@ -96,16 +90,9 @@ static inline vf fma_(vf a, vf b, vf c) {
 
 typedef float v4 VECTOR(16);
 
-/* Lanes i, i + 4, i + 8 ... added up. */
+/* Lanes i and i + 4 added up. */
 static inline v4 fold(vf v) {
-#if LANES == 16
-  typedef float v8 VECTOR(32);
-  v8 w = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-         __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-#else
-  vf w = v;
-#endif
-  return __builtin_shufflevector(w, w, 0, 1, 2, 3) + __builtin_shufflevector(w, w, 4, 5, 6, 7);
+  return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
 }
 
 static inline float sum(vf v) {
@@ -124,7 +111,7 @@ static inline v4 sums(vf a, vf b, vf c, vf d) {
 }
 
 static inline vf load_bf16(const uint16_t *p) {
-#if defined(__AVX2__) && LANES == 8  /* gcc converts in two halves */
+#if defined(__AVX2__)  /* gcc converts in two halves */
   return (vf)(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)) << 16);
 #else
   vh h; memcpy(&h, p, sizeof h);
@@ -191,15 +178,8 @@ static inline vf part_f32(vi w, int p) { (void)p; return (vf)w; }
 static inline vf part_bf16(vi w, int p) { return (vf)(p ? w & (int32_t)0xffff0000 : w << 16); }
 static inline vf part_i8(vi w, int p) { return __builtin_convertvector(w << (24 - 8 * p) >> 24, vf); }
 
-#if LANES == 16
-#define EVEN(a, b) \
-  __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
-#define ODD(a, b) \
-  __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)
-#else
 #define EVEN(a, b) __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14)
 #define ODD(a, b) __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15)
-#endif
 
 static void deal(const float *x, int64_t count, int dtype, float *out) {
   for (int64_t k = 0; k < count; k += LANES * PARTS[dtype], x += LANES * PARTS[dtype]) {
