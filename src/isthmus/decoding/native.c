@@ -25,8 +25,6 @@ enum { LANES = 8 };  /* the same on every machine, so that sums are the same, to
 #define VECTOR(n) __attribute__((vector_size(n)))
 typedef float vf VECTOR(LANES * 4);
 typedef int32_t vi VECTOR(LANES * 4);
-typedef uint32_t vu VECTOR(LANES * 4);
-typedef uint16_t vh VECTOR(LANES * 2);
 /* anywhere in memory, whatever lies there */
 typedef vf any_vf __attribute__((aligned(1), may_alias));
 typedef vi any_vi __attribute__((aligned(1), may_alias));
@@ -45,8 +43,8 @@ typedef struct {
   int64_t stride, offset;             /* of LINEAR's O values in a row of the target */
   const void *weight, *gate;          /* gate: target = activation(gate x) * (weight x) */
   const float *scale, *gate_scale;    /* [O] of int8 weights */
-  const void *bias;                   /* [O], in the dtype of activations' parameters below */
-  int32_t bias_dtype, mean;           /* mean: NORM subtracts it (LayerNorm) */
+  const void *bias;                   /* [O] of a LINEAR */
+  int64_t bias_dtype;
   float eps, factor;                  /* factor: of scores (ATTEND), of rows (EMBED) */
   int64_t window;                     /* keys seen, counted from the query; 0 is all */
 } Op;
@@ -59,10 +57,10 @@ typedef struct {
   int64_t ancestor_stride;            /* 0 when all rows are alike */
   const int32_t *live;                /* [B, used] slots of committed tokens, or null: all */
   const int64_t *lengths;             /* [B] committed tokens of each row */
-  void *keys, *values;                /* [L, B, H_kv, capacity, D] */
+  float *keys, *values;               /* [L, B, H_kv, capacity, D] */
   int64_t capacity, layer_stride;     /* in slots; in elements */
   int64_t heads, kv_heads, head_dim, rotary_dim;
-  int32_t cache_dtype, threads;
+  int64_t threads;
   const float *cosines, *sines;       /* [positions, rotary_dim] */
   float *buffers[8];                  /* [B * N, width] each */
   float *taps;                        /* [taps, B * N, D], in the order of TAP's layer field */
@@ -110,21 +108,8 @@ static inline v4 sums(vf a, vf b, vf c, vf d) {
   return (first + third) + (second + fourth);
 }
 
-static inline vf load_bf16(const uint16_t *p) {
-#if defined(__AVX2__)  /* gcc converts in two halves */
-  return (vf)(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)) << 16);
-#else
-  vh h; memcpy(&h, p, sizeof h);
-  return (vf)(__builtin_convertvector(h, vu) << 16);
-#endif
-}
 static inline float from_bf16(uint16_t h) {
   uint32_t u = (uint32_t)h << 16; float f; memcpy(&f, &u, 4); return f;
-}
-static inline uint16_t to_bf16(float f) {  /* to nearest, ties to even */
-  uint32_t u; memcpy(&u, &f, 4);
-  if ((u & 0x7fffffff) > 0x7f800000) return 0x7fc0;
-  return (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 static inline float read_as(const void *p, int64_t i, int dtype) {
   return dtype == FLOAT32 ? ((const float *)p)[i] : from_bf16(((const uint16_t *)p)[i]);
@@ -359,23 +344,14 @@ static int64_t embed(const Op *op, const Call *call, Pieces *pieces) {
 }
 
 static void normalize(const float *x, float *y, int64_t D, const Op *op, const void *weight) {
-  float mean = 0.0f;
-  if (op->mean) {
-    vf total = splat(0.0f);
-    for (int64_t d = 0; d < D; d += LANES) total += load(x + d);
-    mean = sum(total) / D;
-  }
   vf squares = splat(0.0f);
   for (int64_t d = 0; d < D; d += LANES) {
-    vf v = load(x + d) - mean;
+    vf v = load(x + d);
     squares += v * v;
   }
   float inverse = 1.0f / sqrtf(sum(squares) / D + op->eps);
   for (int64_t d = 0; d < D; d++) {
-    float v = (x[d] - mean) * inverse;
-    if (weight) v *= op->factor + read_as(weight, d, op->dtype);
-    if (op->bias) v += read_as(op->bias, d, op->bias_dtype);
-    y[d] = v;
+    y[d] = x[d] * inverse * read_as(weight, d, op->dtype);
   }
 }
 
@@ -420,11 +396,6 @@ static int64_t linear(const Op *op, const Call *call, Pieces *pieces, float *scr
   return O;
 }
 
-static inline void put(void *cache, int64_t i, const float *row, int64_t D, int dtype) {
-  if (dtype == FLOAT32) { memcpy((float *)cache + i, row, D * sizeof(float)); return; }
-  for (int64_t d = 0; d < D; d++) ((uint16_t *)cache)[i + d] = to_bf16(row[d]);
-}
-
 /* Rotate queries and keys to their positions and write keys and values into the cache. The source
  * buffer holds [queries | keys | values] of each node; queries stay in it. */
 static int64_t rotate(const Op *op, const Call *call, Pieces *pieces) {
@@ -447,18 +418,14 @@ static int64_t rotate(const Op *op, const Call *call, Pieces *pieces) {
     int64_t b = n / call->nodes, slot = call->used + n % call->nodes;
     for (int64_t g = 0; g < G; g++) {
       int64_t at = op->layer * call->layer_stride + ((b * G + g) * call->capacity + slot) * D;
-      put(call->keys, at, row + (H + g) * D, D, call->cache_dtype);
-      put(call->values, at, row + (H + G + g) * D, D, call->cache_dtype);
+      memcpy(call->keys + at, row + (H + g) * D, D * sizeof(float));
+      memcpy(call->values + at, row + (H + G + g) * D, D * sizeof(float));
     }
   }
   return rows;
 }
 
 enum { QUERIES = 4, SLOTS = 64 };
-
-static inline vf load_cache(const void *p, int64_t i, int dtype) {
-  return dtype == FLOAT32 ? load((const float *)p + i) : load_bf16((const uint16_t *)p + i);
-}
 
 /* Weights of the values that one query sees, in place: softmax over count scores. */
 static void soften(float *scores, int64_t count, float factor) {
@@ -495,12 +462,12 @@ static void soften(float *scores, int64_t count, float factor) {
 }
 
 /* Scores of two keys for a block of queries. */
-static inline void score(const float *const *q, const void *keys, int64_t one, int64_t two,
-                         int64_t D, int dtype, v4 *out) {
+static inline void score(const float *const *q, const float *keys, int64_t one, int64_t two,
+                         int64_t D, v4 *out) {
   vf a[QUERIES], b[QUERIES];
   UNROLL for (int i = 0; i < QUERIES; i++) a[i] = b[i] = splat(0.0f);
   for (int64_t d = 0; d < D; d += LANES) {
-    vf k = load_cache(keys, one + d, dtype), l = load_cache(keys, two + d, dtype);
+    vf k = load(keys + one + d), l = load(keys + two + d);
     UNROLL for (int i = 0; i < QUERIES; i++) {
       vf x = load(q[i] + d);
       a[i] = fma_(x, k, a[i]);
@@ -513,16 +480,16 @@ static inline void score(const float *const *q, const void *keys, int64_t one, i
 
 /* Weighted values of slots start .. end, vectors d .. d + V, added to what is in out. */
 #define GATHER(Q, V)                                                                         \
-  static inline void gather_##Q##x##V(float *const *p, float *const *out, const void *values,\
+  static inline void gather_##Q##x##V(float *const *p, float *const *out, const float *values,\
                                 int64_t base, const int32_t *live, int64_t start,            \
-                                int64_t end, int64_t D, int64_t d, int dtype) {              \
+                                int64_t end, int64_t D, int64_t d) {                         \
     vf a[Q][V];                                                                              \
     UNROLL for (int i = 0; i < Q; i++)                                                       \
       UNROLL for (int v = 0; v < V; v++) a[i][v] = load(out[i] + d + v * LANES);             \
     for (int64_t t = start; t < end; t++) {                                                  \
       int64_t at = base + (live ? live[t] : t) * D + d;                                      \
       vf value[V];                                                                           \
-      UNROLL for (int v = 0; v < V; v++) value[v] = load_cache(values, at + v * LANES, dtype);\
+      UNROLL for (int v = 0; v < V; v++) value[v] = load(values + at + v * LANES);      \
       UNROLL for (int i = 0; i < Q; i++) {                                                   \
         vf weight = splat(p[i][t]);                                                          \
         UNROLL for (int v = 0; v < V; v++) a[i][v] = fma_(weight, value[v], a[i][v]);        \
@@ -540,7 +507,7 @@ GATHER(1, 1)
 /* Attention of a block of queries that share a key head: nodes x query heads of the group. A query
  * sees the committed tokens of its row, then its ancestors, in the order of their positions. */
 static inline void attend_block(const Op *op, const Call *call, int64_t b, int64_t g, int64_t first,
-                                int64_t count, float *scratch, int dtype) {
+                                int64_t count, float *scratch) {
   int64_t H = call->heads, G = call->kv_heads, D = call->head_dim, N = call->nodes;
   int64_t group = H / G, width = (H + 2 * G) * D, past = call->lengths[b];
   int64_t base = op->layer * call->layer_stride + (b * G + g) * call->capacity * D;
@@ -586,7 +553,7 @@ static inline void attend_block(const Op *op, const Call *call, int64_t b, int64
       for (int64_t d = 0; d < D; d += LANES) {
         vf x = load(q[0] + d);
         UNROLL for (int i = 0; i < 4; i++)
-          a[i] = fma_(x, load_cache(call->keys, at[i] + d, dtype), a[i]);
+          a[i] = fma_(x, load(call->keys + at[i] + d), a[i]);
       }
       v4 four = sums(a[0], a[1], a[2], a[3]);
       memcpy(p[0] + t, &four, sizeof four);
@@ -594,14 +561,14 @@ static inline void attend_block(const Op *op, const Call *call, int64_t b, int64
   for (; t < shared; t += 2) {
     int64_t next = t + 1 < shared ? t + 1 : t;
     score(q, call->keys, base + (live ? live[t] : t) * D, base + (live ? live[next] : next) * D, D,
-          dtype, s);
+          s);
     UNROLL for (int i = 0; i < QUERIES; i++) {
       p[i][t] = s[0][i];
       p[i][t + 1] = s[1][i];  /* there is room for one more */
     }
   }
   for (int64_t j = shared - past; j <= last; j += 2) {
-    score(q, call->keys, tail + j * D, tail + (j < last ? j + 1 : j) * D, D, dtype, s);
+    score(q, call->keys, tail + j * D, tail + (j < last ? j + 1 : j) * D, D, s);
     for (int64_t k = j; k <= last && k < j + 2; k++)
       for (int i = 0; i < QUERIES; i++)
         if (SEES(i, k)) p[i][total[i]++] = s[k - j][i];
@@ -617,14 +584,14 @@ static inline void attend_block(const Op *op, const Call *call, int64_t b, int64
     int64_t d = 0;
     if (count == 1) {
       for (; d + 8 * LANES <= D; d += 8 * LANES)
-        gather_1x8(p, out, call->values, base, live, start, end, D, d, dtype);
+        gather_1x8(p, out, call->values, base, live, start, end, D, d);
       for (; d < D; d += LANES)
-        gather_1x1(p, out, call->values, base, live, start, end, D, d, dtype);
+        gather_1x1(p, out, call->values, base, live, start, end, D, d);
     }
     for (; d + 2 * LANES <= D; d += 2 * LANES)
-      gather_4x2(p, out, call->values, base, live, start, end, D, d, dtype);
+      gather_4x2(p, out, call->values, base, live, start, end, D, d);
     for (; d < D; d += LANES)
-      gather_4x1(p, out, call->values, base, live, start, end, D, d, dtype);
+      gather_4x1(p, out, call->values, base, live, start, end, D, d);
   }
   for (int64_t i = 0; i < count; i++) {
     int64_t t = shared;
@@ -632,7 +599,7 @@ static inline void attend_block(const Op *op, const Call *call, int64_t b, int64
       if (!SEES(i, j)) continue;
       vf weight = splat(p[i][t++]);
       for (int64_t d = 0; d < D; d += LANES)
-        store(out[i] + d, fma_(weight, load_cache(call->values, tail + j * D + d, dtype),
+        store(out[i] + d, fma_(weight, load(call->values + tail + j * D + d),
                                load(out[i] + d)));
     }
   }
@@ -646,10 +613,7 @@ static int64_t attend(const Op *op, const Call *call, Pieces *pieces, float *scr
     int64_t row = task / blocks, first = task % blocks * QUERIES;
     int64_t count = all - first < QUERIES ? all - first : QUERIES;
     int64_t b = row / call->kv_heads, g = row % call->kv_heads;
-    if (call->cache_dtype == FLOAT32)
-      attend_block(op, call, b, g, first, count, scratch, FLOAT32);
-    else
-      attend_block(op, call, b, g, first, count, scratch, BFLOAT16);
+    attend_block(op, call, b, g, first, count, scratch);
   }
   return rows * blocks;
 }
@@ -707,6 +671,13 @@ void isthmus_forward(const Op *ops, int64_t count, const Call *call) {
 #else
   run(ops, count, call, 0);
 #endif
+}
+
+/* Floats that a thread needs for N nodes over all rows that see `slots` keys. */
+int64_t isthmus_scratch(int64_t N, int64_t slots, int64_t widest, int64_t head_dim) {
+  int64_t product = 2 * N * CHUNK + (N < TILE ? N : TILE) * widest;
+  int64_t attention = QUERIES * (slots + N + 4 * LANES) + head_dim;
+  return product > attention ? product : attention;
 }
 
 /* What the caller has to agree on: lanes of a vector, sizes of the two structures. */

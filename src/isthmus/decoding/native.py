@@ -18,15 +18,11 @@ from typing import Any
 
 import torch
 
-from isthmus.decoding.program import DTYPES, LOGITS, NORMED, Op, Program
+from isthmus.decoding.program import LOGITS, NORMED, Op, Program
 from isthmus.errors import UnsupportedModelError
 from isthmus.folders import kept
 
 SOURCE = Path(__file__).with_suffix(".c")
-
-TILE, CHUNK, QUERIES = 64, 96, 4
-"""Nodes, rows of weights and queries of one piece of work that ``native.c`` has scratch for."""
-
 
 PARTS = (1, 2, 4)
 """Weights in 32 bits, by dtype."""
@@ -42,7 +38,7 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("live", "lengths", "keys", "values")),
         *((name, ctypes.c_int64) for name in ("capacity", "layer_stride")),
         *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "head_dim", "rotary_dim")),
-        *((name, ctypes.c_int32) for name in ("cache_dtype", "threads")),
+        ("threads", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("cosines", "sines")),
         ("buffers", ctypes.c_void_p * 8),
         *((name, ctypes.c_void_p) for name in ("taps", "tapped", "scratch")),
@@ -80,6 +76,8 @@ def library() -> Any:
         raise UnsupportedModelError("the compiled kernel has another layout than its caller")
     found.isthmus_forward.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
     found.isthmus_forward.restype = None
+    found.isthmus_scratch.argtypes = [ctypes.c_int64] * 4
+    found.isthmus_scratch.restype = ctypes.c_int64
     return found
 
 
@@ -139,9 +137,8 @@ class Kernel:
         if rows > self.rows or slots > self.slots or threads != call.threads:
             self.rows, self.slots = max(rows, self.rows), max(slots, self.slots)
             self.buffers = [torch.empty(self.rows, width) for width in program.widths]
-            size = max(
-                2 * self.rows * CHUNK + min(TILE, self.rows) * self.widest,
-                QUERIES * (self.slots + self.rows + 32) + program.head_dim,
+            size = self.library.isthmus_scratch(
+                self.rows, self.slots, self.widest, program.head_dim
             )
             self.scratch = torch.empty(threads, size)
             call.threads, call.scratch_size = threads, size
@@ -200,7 +197,7 @@ class Kernel:
         Args:
             tokens: int64 [B, N].
             positions: int64 [B, N].
-            keys: Cache of all layers [L, B, H_kv, capacity, D], float32 or bfloat16.
+            keys: Cache of all layers [L, B, H_kv, capacity, D], float32.
             values: Likewise.
             used: Slots in use in every row; the nodes are written behind them.
             lengths: Committed tokens of each row, int64 [B].
@@ -232,7 +229,6 @@ class Kernel:
             call.lengths = lengths.data_ptr()
             call.keys, call.values = keys.data_ptr(), values.data_ptr()
             call.capacity, call.layer_stride = keys.shape[3], keys.stride(0)
-            call.cache_dtype = DTYPES[keys.dtype]
             states = out = None
             if tapped:
                 places = torch.full((program.layers + 2,), -1, dtype=torch.int32)

@@ -58,7 +58,7 @@ class Op(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("source", "target", "add", "wait")),
         *((name, ctypes.c_int64) for name in ("in_width", "out_width", "stride", "offset")),
         *((name, ctypes.c_void_p) for name in ("weight", "gate", "scale", "gate_scale", "bias")),
-        *((name, ctypes.c_int32) for name in ("bias_dtype", "mean")),
+        ("bias_dtype", ctypes.c_int64),
         *((name, ctypes.c_float) for name in ("eps", "factor")),
         ("window", ctypes.c_int64),
     )
