@@ -164,7 +164,6 @@ def test_greedy_text_is_transformers_text(name):
 
 
 def test_picture_is_saved(tmp_path):
-    pytest.importorskip("matplotlib")
     saved = picture(solve(TARGET, torch.tensor([1]), 6), tmp_path / "graph.svg")
     text = saved.read_text()
     assert "<svg" in text and text.count("<path") > 6
