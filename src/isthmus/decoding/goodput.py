@@ -1,7 +1,8 @@
 """Goodput: expected tokens over expected seconds, and the running figures that both come from.
 
 Tokens are expected from acceptance rates, one a request, drawn to the average of all requests as
-long as little is known of it (:class:`Means`); seconds from a running linear fit (:class:`Fit`).
+long as little is known of it (:class:`Means`); seconds from running linear fits (:class:`Fit`, and
+:class:`Line` where every round counts and the clock is not to be trusted).
 """
 
 from __future__ import annotations
@@ -158,3 +159,47 @@ class Fit:
         """Seconds of rounds with the given features [..., F]; never negative."""
         seconds = np.maximum(np.asarray(features, dtype=float) @ self.coefficients, 0.0)
         return float(seconds) if seconds.ndim == 0 else seconds
+
+
+class Line:
+    """Seconds as a fixed part and one for each unit of size, both 0 or more; older rounds fade.
+
+    The first round runs in cold code and is as good as forgotten when there are others. A later one
+    counts for at most three times what was expected: other programs make a round slow, none makes
+    it fast.
+
+    Args:
+        memory: Rounds that are remembered.
+
+    Example:
+        >>> line = Line()
+        >>> for x in (1.0, 2.0, 3.0, 4.0) * 9:
+        ...     line.observe(x, 2.0 + 0.5 * x)
+        >>> round(float(line(10.0)), 2)
+        7.0
+    """
+
+    def __init__(self, *, memory: float = 64.0) -> None:
+        self.fixed = self.slope = 0.0
+        self._keep, self._rounds = 1.0 - 1.0 / memory, 0
+        self._n = self._x = self._y = self._xx = self._xy = 0.0
+
+    def observe(self, size: float, seconds: float) -> None:
+        """Add one measured round."""
+        if self._rounds > 1:
+            seconds = min(seconds, 3.0 * (self.fixed + self.slope * size))
+        keep = self._keep if self._rounds > 1 else 0.05
+        self._rounds += 1
+        self._n = self._n * keep + 1.0
+        self._x, self._y = self._x * keep + size, self._y * keep + seconds
+        self._xx, self._xy = self._xx * keep + size * size, self._xy * keep + size * seconds
+        spread = self._n * self._xx - self._x * self._x
+        if spread > 1e-9 * self._n * self._xx:  # sizes that never varied say nothing of the slope
+            self.slope = max(0.0, (self._n * self._xy - self._x * self._y) / spread)
+        self.fixed = (self._y - self.slope * self._x) / self._n
+        if self.fixed < 0.0:
+            self.fixed, self.slope = 0.0, self._xy / self._xx
+
+    def __call__(self, size: Any) -> Any:
+        """Seconds of rounds of the given sizes, any shape."""
+        return self.fixed + self.slope * size

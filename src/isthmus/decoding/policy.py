@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from isthmus.decoding.cost import Cost, Costs
-from isthmus.decoding.goodput import Fit, Means
+from isthmus.decoding.goodput import Line, Means
 from isthmus.decoding.tree import TokenTree, stack
 from isthmus.roles import PLAIN, Context, Drafter, Extendable, Shape, Step, Target
 
@@ -22,6 +22,9 @@ SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 WIDE, CHAIN = 0, 1
 """Shapes to choose from: the drafter's own tree, or the chain of its first children."""
+
+RETHINK = 4
+"""Rounds that a choice to draft stands: weighing the arms takes as long as a small forward."""
 
 GAIN = 1.05
 """Drafting must promise this much more than plain decoding; less is noise of the estimates."""
@@ -199,8 +202,8 @@ class Auto:
         self._others = [i for i in range(len(self.drafters)) if i not in self._pure]
         self._memory = memory
         self._by_law: dict[bool, Means] = {}
-        self.draft_s = [Fit([0.0, 0.0]) for _ in self.drafters]
-        self.own_s = Fit([0.0, 0.0])
+        self.draft_s = [Line() for _ in self.drafters]
+        self.own_s = Line()
         self._branches = np.zeros(len(self.drafters), dtype=bool)
         self._asked = dict.fromkeys(self._others, 0)
         self._spent = self._lost = 0.0
@@ -222,6 +225,7 @@ class Auto:
         self._choice: tuple[list[int], int, int] | None = None
         self._plan: tuple[list[int], int, bool] | None = None
         self._fresh, self._limit, self._clock = True, PLAIN, self.clock()
+        self._thought_s, self._chosen = 0.0, self._round - RETHINK
 
     def begin(self, context: Context, target: Target, **inputs: Any) -> None:
         """See :class:`isthmus.roles.Policy`."""
@@ -248,6 +252,7 @@ class Auto:
     def decide(self, context: Context, limit: Shape) -> tuple[Drafter | None, Shape]:
         """The best arm, or the turn of a drafter that must be watched at work."""
         self._clock, self._plan, self._limit = self.clock(), None, limit
+        self._thought_s = 0.0
         if limit.nodes == 0 or not self.drafters:
             return None, PLAIN
         turn = self._due()
@@ -255,11 +260,14 @@ class Auto:
             size, width = self.widest(context.batch), WIDE
             rows = [turn] * context.batch
         else:
-            if self._fresh:
+            stale = self._choice is None or len(self._choice[0]) != context.batch
+            if self._fresh and (stale or self._round - self._chosen >= RETHINK):
                 plain = self._choice is None
                 self._choice, self._fresh = self._choose(context.batch, doubt=plain), False
+                self._chosen = self._round
                 if plain and self._choice is None and self._choose(context.batch, doubt=False):
                     self._next = min(self._next, self._round + 6)  # promising: look again soon
+                self._thought_s = self.clock() - self._clock
             if self._choice is None:
                 return None, PLAIN
             rows, width, size = self._choice
@@ -286,40 +294,31 @@ class Auto:
             # what was hardly seen is believed by halves: one lucky draft is no reason to change
             known = self.seen.known()[:, 0]
             tokens = 1.0 + (tokens - 1.0) * known / (known + 2.0)
-        draft_s = np.array(
-            [line(np.stack([np.ones(len(self.sizes)), self.sizes], 1)) for line in self.draft_s]
-        )
+        # groups of drafters: each alone, and pairs from which every row takes the better one
+        groups = [(d, d) for d in range(len(self.drafters))]
+        if rows > 1:
+            groups += list(combinations(self._pure, 2))
+        one, two = np.array(groups).T
+        other = tokens[:, two] > tokens[:, one]  # [B, group, shape, size], as all below
+        tokens, hit, nodes = (np.where(other, f[:, two], f[:, one]) for f in (tokens, hit, nodes))
+        some = 1.0 - (1.0 - hit).prod(0)  # chance that any row is drafted for
+        width = 1.0 + nodes.max(0)
         cost = self.costs.of(rows)
         plain_s = cost(1)
+        draft_s = np.stack([line(self.sizes) for line in self.draft_s])  # [drafter, size]
+        drafting_s = draft_s[one] + draft_s[two] * (one != two)[:, None]
+        seconds = plain_s + some * (cost.many(width) - plain_s) + drafting_s[:, None]
+        seconds += self.own_s(rows * (1.0 + some * (width - 1.0)))
+        goodput = tokens.sum(0) / seconds
+        chains = ~(self._branches[one] | self._branches[two])
+        goodput[chains, CHAIN] = 0.0  # the same as WIDE
+        group, shape, size = np.unravel_index(int(goodput.argmax()), goodput.shape)
         # drafting that has cost time so far must promise more
         gain = GAIN + 20.0 * self._debt[self._greedy] / max(self._spent, 1e-9)
-        best = gain * rows / (plain_s + self.own_s([1.0, rows]))
-        found = None
-        groups = [(d,) for d in range(len(self.drafters))]
-        if rows > 1:
-            groups += list(combinations(self._pure, 2))  # type: ignore[arg-type]
-        for group in groups:
-            members = list(group)
-            pick = tokens[:, members].argmax(1)[:, None]  # [B, 1, shape, size]
-
-            def of(figure: Any, pick: Any = pick, members: list[int] = members) -> Any:
-                return np.take_along_axis(figure[:, members], pick, 1)[:, 0]
-
-            some = 1.0 - (1.0 - of(hit)).prod(0)  # chance that any row is drafted for
-            width = 1.0 + of(nodes).max(0)
-            seconds = plain_s + some * (cost.many(width) - plain_s)
-            seconds += draft_s[members].sum(0) + self.own_s(
-                np.stack([np.ones_like(width), rows * (1.0 + some * (width - 1.0))], -1)
-            )
-            goodput = of(tokens).sum(0) / seconds  # [shape, size]
-            if not self._branches[members].any():
-                goodput = goodput[:CHAIN]
-            shape, size = np.unravel_index(int(goodput.argmax()), goodput.shape)
-            if goodput[shape, size] > best:
-                best = goodput[shape, size]
-                chosen = [members[i] for i in pick[:, 0, shape, size].tolist()]
-                found = chosen, int(shape), int(self.sizes[size])
-        return found
+        if goodput[group, shape, size] <= gain * rows / (plain_s + self.own_s(rows)):
+            return None
+        chosen = np.where(other[:, group, shape, size], two[group], one[group])
+        return chosen.tolist(), int(shape), int(self.sizes[size])
 
     def observe(self, step: Step, drafter: Drafter | None) -> None:
         """Learn what the round cost and what would have stood; let drafters learn."""
@@ -334,15 +333,13 @@ class Auto:
                 part.observe(step)
         if drafter is not None and self._plan is not None:
             self._learn(step, *self._plan)
-        own_s = self.clock() - self._clock - step.draft_s - step.score_s
-        # a pause of the machine is no bookkeeping, and more nodes never take less of it
-        own_s = min(max(own_s, 0.0), 0.3 * step.score_s)
-        self.own_s.observe([1.0, batched], own_s)
-        self.own_s.coefficients = self.own_s.coefficients.clip(min=0.0)
+        own_s = max(0.0, self.clock() - self._clock - step.draft_s - step.score_s)
+        self.own_s.observe(batched, own_s)
+        own_s = min(own_s, 3.0 * self.own_s(batched))  # a pause of the machine is no bookkeeping
         seconds = step.draft_s + step.score_s + own_s
         self._spent += seconds
         if self._plan is not None:
-            plain_s = cost(1) + self.own_s([1.0, rows])
+            plain_s = cost(1) + self.own_s(rows)
             gained = (1.0 + sum(step.accepted) / rows) * plain_s - seconds
             if self._plan[2]:
                 self._turn += 1
@@ -357,11 +354,10 @@ class Auto:
 
     def _learn(self, step: Step, rows: list[int], width: int, turn: bool) -> None:
         asked = step.shape.nodes
-        known = {d: self.draft_s[d]([1.0, asked]) for d in set(rows)}
-        share = step.draft_s / len(known)
-        for d, before in known.items():
-            fair = share if before == 0.0 else min(share, 5.0 * before)
-            self.draft_s[d].observe([1.0, asked], fair)
+        asked_for = set(rows)
+        for d in asked_for:
+            # choosing among drafters is not drafting
+            self.draft_s[d].observe(asked, (step.draft_s - self._thought_s) / len(asked_for))
         if step.shape.depth < min(self.depth, asked):
             return  # cut short by the end of the answer: it says nothing about the drafter
         tree = step.tree
@@ -431,7 +427,7 @@ class Auto:
             begin = self.clock()
             tree = self.drafters[d].propose(context, Shape(largest, depth, self._limit.width))
             tree = tree.limit(nodes=largest, depth=depth)
-            self.draft_s[d].observe([1.0, largest], self.clock() - begin)
+            self.draft_s[d].observe(largest, self.clock() - begin)
             parents = tree.topology.parent.expand(tree.batch, -1).tolist()
             tokens, alive = tree.tokens.tolist(), tree.alive.tolist()
             rows = list(range(tree.batch))
