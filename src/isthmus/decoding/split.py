@@ -18,6 +18,7 @@ import torch
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from isthmus.errors import InvalidInputError, UnsupportedModelError
+from isthmus.models.hub import cache_argument
 
 
 class SplitDecoder:
@@ -164,9 +165,9 @@ class SplitSession:
             mask = torch.zeros(seen.shape, dtype=hidden.dtype, device=hidden.device)
             mask = mask.masked_fill(~seen, torch.finfo(hidden.dtype).min)[None, None]
         for index in indices:
-            hidden = self.split.layers[index](
-                hidden, mask, self.states, past_key_values=self.cache, use_cache=True
-            )
+            layer = self.split.layers[index]
+            cache = {cache_argument(layer): self.cache}
+            hidden = layer(hidden, mask, self.states, use_cache=True, **cache)
             hidden = hidden[0] if isinstance(hidden, tuple) else hidden
         self.layer_calls += len(indices)
         self.layer_tokens += len(indices) * n

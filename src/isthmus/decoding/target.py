@@ -31,6 +31,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from isthmus.decoding.cache import LayerShape, SlotCache
 from isthmus.decoding.tree import TokenTree, Topology, chain_topology
 from isthmus.errors import InvalidInputError, MismatchError, UnsupportedModelError
+from isthmus.models.hub import cache_argument
 from isthmus.nn.masks import tree_mask
 from isthmus.roles import Features, Reach, Scores, Session, Taps
 
@@ -120,7 +121,7 @@ class HubTarget:
             and not hasattr(model.base_model, "get_rope_index")
         )
         self._inputs = frozenset(names) - {"input_ids", "attention_mask", "position_ids"}
-        self._cache_name = "past_key_values" if "past_key_values" in names else "cache_params"
+        self._cache_name = cache_argument(model)
         self._takes_logits_to_keep = "logits_to_keep" in names
         self._position_table = self._find_position_table()
         self._relative_bias = self._find_relative_bias()
@@ -213,7 +214,7 @@ class HubTarget:
             positions: Position of each token [B, N]; the model's own counting when None.
             mask: Additive [B, 1 or H, N, S + N], a dict of such masks by layer kind, 2-D
                 [B, S + N], or None where the model's own causal mask is right.
-            cache: What ``past_key_values`` takes.
+            cache: A cache of transformers.
             encoded: Result of :meth:`encode`.
             taps: Inner states to return too.
             last_only: Compute the logits of the last token only.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import time
 from collections.abc import Iterator
@@ -42,6 +43,20 @@ class Checkpoint:
     model: Any
     tokenizer: Any
     source: str
+
+
+CACHE_NAMES = ("cache", "past_key_values", "cache_params", "layer_past")
+"""Argument of a forward that takes the cache; transformers 5.24 calls it ``cache`` everywhere."""
+
+
+def cache_argument(module: Any) -> str:
+    """Name of the argument by which a model or a layer of transformers takes its cache.
+
+    Args:
+        module: The module.
+    """
+    names = inspect.signature(module.forward).parameters
+    return next((name for name in CACHE_NAMES if name in names), CACHE_NAMES[0])
 
 
 def parse_dtype(name: str, device: str) -> torch.dtype:

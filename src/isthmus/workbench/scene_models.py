@@ -136,7 +136,9 @@ class SceneCourse:
         if not given:
             return told
         head: Any = model.get_output_embeddings()  # type: ignore[operator]
-        named = torch.log_softmax(head(out.image_hidden_states).float(), -1)  # [B 4, V]
+        seen = getattr(out, "image_outputs", None)  # since transformers 5.24
+        images = out.image_hidden_states if seen is None else torch.cat(list(seen.pooler_output))
+        named = torch.log_softmax(head(images).float(), -1)  # [B 4, V]
         return told - self.recipe.naming * named.gather(1, names.flatten(0, 1)).mean()
 
 

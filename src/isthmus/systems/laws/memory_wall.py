@@ -23,6 +23,7 @@ from isthmus.decoding.model import Model
 from isthmus.laws.opcount import Footprint, Work, count
 from isthmus.laws.roofline import Roof, measure, roofline
 from isthmus.laws.trends import rank_correlation, read_table
+from isthmus.models.hub import cache_argument
 from isthmus.workbench import untrained
 from isthmus.workbench.untrained import encoding, generating
 
@@ -94,7 +95,7 @@ class MemoryWall:
             twin = type(model)(model.config).to(model.dtype).eval()
         past = {}
         if cached:
-            past = {"past_key_values": tf.DynamicCache()}
+            past = {cache_argument(twin): tf.DynamicCache()}
             twin(**_tokens(cached, 0), **past)
         table = count(twin, **_tokens(nodes, cached), **past)
         found = roofline(table, self.roof, self.settings.dtype)

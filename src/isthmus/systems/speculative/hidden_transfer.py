@@ -203,7 +203,7 @@ class Joined:
         self._past = past
 
     def update(
-        self, keys: torch.Tensor, values: torch.Tensor, layer: int, *args: Any
+        self, keys: torch.Tensor, values: torch.Tensor, layer: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the real tokens and of the rows on top."""
         real = self._past.layers[layer]
