@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 Reach = Literal["tree", "chain", "step"]
 """What a target scores exactly in one forward: any tree, a chain only, or one token."""
 
+Stage = Literal["combine", "mask", "truncate"]
+"""When a reshape has its turn. One step is always: combine models on raw logits; penalties and
+processors; masks of constraints; temperature; truncation; then the pick. Masks come before
+truncation, so that a legal token always survives."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -253,9 +258,23 @@ class Target(Protocol):
 
 @runtime_checkable
 class Law(Protocol):
-    """From raw logits to the distribution that a token is drawn from."""
+    """From raw logits to the distribution that a token is drawn from.
+
+    Attributes:
+        greedy: Whether the likeliest token is taken.
+        taps: Inner states of the target that its reshapes read.
+    """
 
     greedy: bool
+    taps: Taps
+
+    def begin(self, context: Context, target: Target, **inputs: Any) -> None:
+        """Start on new rows."""
+        ...
+
+    def forget(self, requests: Sequence[int]) -> None:
+        """Let go of requests that have left."""
+        ...
 
     def logits(self, logits: torch.Tensor, tree: TokenTree, context: Context) -> torch.Tensor:
         """Processed logits [B, N, V]; each node sees its own path."""
@@ -263,6 +282,102 @@ class Law(Protocol):
 
     def probs(self, logits: torch.Tensor, tree: TokenTree, context: Context) -> torch.Tensor:
         """Probabilities [B, N, V], float32 or wider, exact zeros for banned tokens."""
+        ...
+
+
+@runtime_checkable
+class Reshape(Protocol):
+    """Changes the law of the next token before anything is picked: the first part of a strategy.
+
+    It sees all nodes of a draft in one call and gives each node the law of its own path, so that
+    every lossless acceptance rule stays lossless, for the reshaped law.
+    :class:`isthmus.decoding.reshape.Walk` is the base of those that keep a state along the path.
+
+    Attributes:
+        stage: When it has its turn.
+        taps: Inner states of the target that it reads, in ``context.features``.
+    """
+
+    stage: Stage
+    taps: Taps
+
+    def begin(self, context: Context, target: Target, **inputs: Any) -> None:
+        """Start on new rows, which ``context.requests`` names; others may be at work."""
+        ...
+
+    def forget(self, requests: Sequence[int]) -> None:
+        """Let go of requests that have left."""
+        ...
+
+    def __call__(self, logits: torch.Tensor, tree: TokenTree, context: Context) -> torch.Tensor:
+        """New logits [B, N, V], float32 or wider; -inf bans a token."""
+        ...
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One complete answer of a search.
+
+    Attributes:
+        tokens: New tokens.
+        logprob: Sum of their log-probabilities under the law that was searched.
+        score: What hypotheses are ranked by: the log-probability after length normalisation, say.
+        trace: Whatever the search or a reranker wants to keep beside it.
+    """
+
+    tokens: tuple[int, ...]
+    logprob: float
+    score: float
+    trace: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a search takes on after one step, for W hypotheses of each of B rows.
+
+    Attributes:
+        parent: Hypothesis that each new one continues, int64 [B, W].
+        token: The token it adds, int64 [B, W].
+        logprob: Log-probability of that token, float [B, W].
+    """
+
+    parent: torch.Tensor
+    token: torch.Tensor
+    logprob: torch.Tensor
+
+
+@runtime_checkable
+class Search(Protocol):
+    """Owns W hypotheses of each row and decides which live on; greedy and sampling are W = 1.
+
+    Attributes:
+        width: Hypotheses W of each row.
+    """
+
+    width: int
+
+    def start(self, rows: int, generator: torch.Generator) -> None:
+        """Begin on B rows, one hypothesis each."""
+        ...
+
+    def step(self, logprobs: torch.Tensor) -> Choice | None:
+        """Choose among the continuations, log-probabilities [B, W, V]; None when all is done.
+
+        The loop reorders and forks caches and side states after ``Choice.parent``.
+        """
+        ...
+
+    def finish(self) -> list[list[Hypothesis]]:
+        """Finished hypotheses of each row, best first."""
+        ...
+
+
+@runtime_checkable
+class Rerank(Protocol):
+    """Chooses among complete answers: minimum Bayes risk, consensus, best of n."""
+
+    def choose(self, hypotheses: Sequence[Hypothesis], source: Any = None) -> int:
+        """Index of the answer to give; ties go to the first."""
         ...
 
 

@@ -237,7 +237,7 @@ class _Loop:
         self.since: dict[int, float] = {}
         self.newcomers: _Newcomers | None = None
         self.context = self.rows([])
-        self.taps = wanted(policy) | wanted(acceptance)
+        self.taps = wanted(policy) | wanted(acceptance) | law.taps
         self.grows = extendable(policy)
         self.ends = torch.zeros(0, dtype=torch.int64)
 
@@ -300,10 +300,12 @@ class _Loop:
         if not context.batch:
             newcomers.prefill(None, self.taps)
             self.context, self.newcomers = new, None
+            self.law.begin(new, self.target, **newcomers.inputs)
             self.policy.begin(new, self.target, **newcomers.inputs)
         elif newcomers.prefill(PREFILL_TOKENS, None):
             self.newcomers = None
             assert context.session is not None and new.session is not None
+            self.law.begin(new, self.target, **newcomers.inputs)
             cast(Extendable, self.policy).extend(new, self.target, **newcomers.inputs)
             context.session = context.session.join(new.session)
             short = new.ids.shape[1] - context.ids.shape[1]
@@ -465,7 +467,9 @@ class _Loop:
         context.session = context.session.fork(alive) if alive else None
         if alive:
             self.policy.select(alive)
-        for index in {*context.requests} - {context.requests[b] for b in alive}:
+        left = {*context.requests} - {context.requests[b] for b in alive}
+        self.law.forget(sorted(left))
+        for index in left:
             del self.requests[index], self.since[index]
         context.ids = context.ids[alive]
         context.lengths = [context.lengths[b] for b in alive]

@@ -3,7 +3,8 @@
 It is composed as transformers composes it: first the processors that read the prefix (repetition
 penalty, forced and suppressed tokens, ...), then, when sampling, the warpers (temperature, top-k,
 top-p, min-p, ...). The processors are transformers' own; this file only applies them to a tree,
-where every node must see *its own path*. A decoder is lossless with respect to this processed law.
+where every node must see *its own path*. Reshapes (:class:`isthmus.roles.Reshape`) stand between
+them by their stage. A decoder is lossless with respect to this processed law.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from transformers.generation import logits_process as lp
 
 from isthmus.decoding.tree import TokenTree, chain_topology
 from isthmus.errors import InvalidInputError
-from isthmus.roles import Context
+from isthmus.roles import Context, Reshape, Taps, Target
 
 ROW_WISE = (
     lp.TemperatureLogitsWarper,
@@ -47,6 +48,8 @@ class Law:
         repetition_penalty: 1 is none.
         processors: Any logits processors of transformers, called as ``p(ids [R, T], scores [R,
             V])``; applied before the warpers above.
+        reshapes: Parts of a strategy: those that combine go first, those that mask stand before
+            the warpers, those that truncate behind them.
         greedy: Overrides ``temperature == 0``; used when warpers come inside ``processors``.
 
     Raises:
@@ -68,6 +71,7 @@ class Law:
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
         processors: Sequence[Any] = (),
+        reshapes: Sequence[Reshape] = (),
         greedy: bool | None = None,
     ) -> None:
         for name, value, low, high in (
@@ -80,10 +84,14 @@ class Law:
             if not low <= value <= high or (name == "top_p" and value == 0.0):
                 raise InvalidInputError(f"{name} must be within {low} and {high}, got {value}")
         self.greedy = temperature == 0.0 if greedy is None else greedy
-        chain: list[Any] = []
+        self.reshapes = tuple(reshapes)
+        self.taps = Taps()
+        for reshape in self.reshapes:
+            self.taps |= reshape.taps
+        chain: list[Any] = self._at("combine")
         if repetition_penalty != 1.0:
             chain.append(lp.RepetitionPenaltyLogitsProcessor(penalty=repetition_penalty))
-        chain += list(processors)
+        chain += [*processors, *self._at("mask")]
         if not self.greedy:
             if temperature not in (0.0, 1.0):
                 chain.append(lp.TemperatureLogitsWarper(temperature))
@@ -93,6 +101,7 @@ class Law:
                 chain.append(StableTopP(top_p))
             if min_p > 0.0:
                 chain.append(lp.MinPLogitsWarper(min_p))
+        chain += self._at("truncate")
         for processor in chain:
             if type(processor).__name__ in STATEFUL:
                 raise InvalidInputError(
@@ -101,13 +110,32 @@ class Law:
                 )
         self.processors = chain
 
+    def _at(self, stage: str) -> list[Any]:
+        return [reshape for reshape in self.reshapes if reshape.stage == stage]
+
+    def begin(self, context: Context, target: Target, **inputs: Any) -> None:
+        """Start the reshapes on new rows."""
+        for reshape in self.reshapes:
+            reshape.begin(context, target, **inputs)
+
+    def forget(self, requests: Sequence[int]) -> None:
+        """Let the reshapes forget requests that have left."""
+        for reshape in self.reshapes:
+            reshape.forget(requests)
+
     @property
     def plain(self) -> bool:
         """Whether raw logits pass through unchanged."""
         return not self.processors
 
     def row(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Process logits [R, V] after the prefixes ids [R, T]."""
+        """Process logits [R, V] after the prefixes ids [R, T]; reshapes need a tree.
+
+        Raises:
+            InvalidInputError: There are reshapes.
+        """
+        if self.reshapes:
+            raise InvalidInputError("a strategy that reshapes the law decodes in isthmus' own loop")
         for processor in self.processors:
             logits = processor(ids, logits)
         return logits
@@ -122,6 +150,9 @@ class Law:
         flat = logits.reshape(b * n, v)
         prefixes: list[tuple[torch.Tensor, torch.Tensor]] | None = None
         for processor in self.processors:
+            if isinstance(processor, Reshape):
+                flat = processor(flat.view(b, n, v), tree, context).reshape(b * n, v)
+                continue
             if isinstance(processor, ROW_WISE):
                 row_wise: Any = processor
                 flat = row_wise(tree.tokens.new_zeros(b * n, 1), flat)
