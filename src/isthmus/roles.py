@@ -475,3 +475,47 @@ class RoundTrace:
     emitted: int
     drafted: tuple[int, ...] = field(default=(), repr=False)
     parents: tuple[int, ...] = field(default=(), repr=False)
+
+
+@dataclass
+class Loss:
+    """What one batch taught.
+
+    Attributes:
+        total: Sum of the loss over all that counts, a scalar with a gradient.
+        weight: How much counts: tokens, frames, pixels, pairs.
+        sums: Further sums to report, divided by the same weight.
+    """
+
+    total: torch.Tensor
+    weight: torch.Tensor | float
+    sums: dict[str, torch.Tensor | float] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Learner(Protocol):
+    """What is trained: a module, its data, its loss and its ruler.
+
+    Attributes:
+        module: What learns. While it is trained this is a wrapper, so a loss calls it as
+            ``learner.module(...)``.
+        lower_is_better: Whether the first metric of :meth:`validate` should fall.
+        identity: Plain data that decides what is learnt, besides the plan and the shapes: the
+            system, its settings, a fingerprint of the data.
+    """
+
+    module: Any
+    lower_is_better: bool
+    identity: dict[str, Any]
+
+    def batch(self, part: int) -> Any:
+        """The micro-batch of that number, counted over all steps and processes; from it alone."""
+        ...
+
+    def loss(self, batch: Any) -> Loss:
+        """Loss of one micro-batch; draws from torch's generator, which the loop has seeded."""
+        ...
+
+    def validate(self) -> dict[str, float]:
+        """Metrics on held-out data; the first one decides which weights are kept."""
+        ...
