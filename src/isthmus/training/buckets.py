@@ -240,7 +240,7 @@ def padding(lengths: ArrayLike, batches: Sequence[Ints]) -> float:
     """Share of what is computed that is padding, ``1 - sum of lengths / sum of padded lengths``.
 
     Example:
-        >>> padding([1, 3, 4], [np.array([0, 1]), np.array([2])])
+        >>> round(padding([1, 3, 4], [np.array([0, 1]), np.array([2])]), 2)
         0.2
     """
     each = np.asarray(lengths, np.float64)
