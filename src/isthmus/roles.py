@@ -261,12 +261,15 @@ class Law(Protocol):
     """From raw logits to the distribution that a token is drawn from.
 
     Attributes:
-        greedy: Whether the likeliest token is taken.
         taps: Inner states of the target that its reshapes read.
     """
 
-    greedy: bool
     taps: Taps
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
+        ...
 
     def begin(self, context: Context, target: Target, **inputs: Any) -> None:
         """Start on new rows."""

@@ -66,12 +66,14 @@ class Request:
         result: Filled in as decoding goes on.
         inputs: Encoder inputs of this request alone, first axis 1; the second is padded with
             zeros where sources of unlike length are encoded together.
+        trace: Keep the drafted tokens of its rounds.
     """
 
     prompt: torch.Tensor
     stopper: Stopper
     result: Generation = field(default_factory=Generation)
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    trace: bool = False
 
 
 def decode(
@@ -422,7 +424,8 @@ class _Loop:
             result = request.result
             result.tokens += new
             result.finish_reason = request.stopper.reason
-            self.count(result, tree, b, drafted[b], min(depth - 1, kept), kept, drafter)
+            trace = self.trace or request.trace
+            self.count(result, tree, b, drafted[b], min(depth - 1, kept), kept, drafter, trace)
             emitted.append((index, new))
         if cut:
             width = torch.arange(path.shape[1], device=path.device)
@@ -440,6 +443,7 @@ class _Loop:
         accepted: int,
         emitted: int,
         drafter: Any,
+        trace: bool,
     ) -> None:
         """Add one round to the result."""
         stats = result.stats
@@ -448,7 +452,7 @@ class _Loop:
         stats.drafted += drafted
         stats.accepted += accepted
         detail: dict[str, Any] = {}
-        if self.trace and tree.nodes > 1:
+        if trace and tree.nodes > 1:
             parents = tree.topology.parent.expand(tree.batch, -1)[row]
             alive = tree.alive[row]
             detail["drafted"] = tuple(torch.where(alive, tree.tokens[row], -1)[1:].tolist())

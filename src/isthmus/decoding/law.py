@@ -10,6 +10,7 @@ them by their stage. A decoder is lossless with respect to this processed law.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -164,6 +165,85 @@ class Law:
                 out[where] = processor(ids, flat[where])
             flat = out
         return flat.view(b, n, v)
+
+    def probs(self, logits: torch.Tensor, tree: TokenTree, context: Context) -> torch.Tensor:
+        """Probabilities [B, N, V], exact zeros for banned tokens."""
+        return torch.softmax(self.logits(logits, tree, context), -1)
+
+
+class Laws:
+    """The laws of requests that share a batch, each with its own.
+
+    While rows that sample are at work, a row that does not has all its probability on its likeliest
+    token, so that one acceptance rule serves both.
+
+    Args:
+        own: Law of every request; looked up as its row begins, and removed once it has left.
+
+    Attributes:
+        taps: None of their reshapes may read inner states.
+
+    Example:
+        >>> laws = Laws({0: Law(), 1: Law(temperature=1.0)})
+        >>> laws.greedy
+        True
+    """
+
+    taps = Taps()
+
+    def __init__(self, own: dict[int, Law]) -> None:
+        self._own = own
+        self._active: dict[int, Law] = {}
+
+    @property
+    def greedy(self) -> bool:
+        """Whether no row at work samples."""
+        return all(law.greedy for law in self._active.values())
+
+    def begin(self, context: Context, target: Target, **inputs: Any) -> None:
+        """Start on new rows.
+
+        Raises:
+            InvalidInputError: A reshape reads inner states.
+        """
+        for b, request in enumerate(context.requests):
+            law = self._active[request] = self._own[request]
+            if law.taps:
+                raise InvalidInputError("a strategy that reads inner states cannot share a batch")
+            law.begin(self._row(context, b, law), target, **inputs)
+
+    def forget(self, requests: Sequence[int]) -> None:
+        """Let go of requests that have left."""
+        for request in requests:
+            self._own.pop(request, None)
+            law = self._active.pop(request, None)
+            if law is not None:
+                law.forget([request])
+
+    @staticmethod
+    def _row(context: Context, b: int, law: Law) -> Context:
+        return replace(
+            context,
+            ids=context.ids[b : b + 1],
+            lengths=[context.lengths[b]],
+            prompt_lengths=[context.prompt_lengths[b]],
+            requests=[context.requests[b]],
+            law=law,
+            features=None,
+        )
+
+    def logits(self, logits: torch.Tensor, tree: TokenTree, context: Context) -> torch.Tensor:
+        """Processed logits [B, N, V], float32 or wider; each row by its own law."""
+        mixed = not self.greedy
+        rows = []
+        for b, request in enumerate(context.requests):
+            law = self._active[request]
+            row = law.logits(logits[b : b + 1], tree.row(b), self._row(context, b, law))
+            if mixed and law.greedy:
+                best = row.argmax(-1, keepdim=True)
+                row = torch.full_like(row, -torch.inf).scatter(-1, best, 0.0)
+            rows.append(row)
+        return torch.cat(rows)
 
     def probs(self, logits: torch.Tensor, tree: TokenTree, context: Context) -> torch.Tensor:
         """Probabilities [B, N, V], exact zeros for banned tokens."""
