@@ -57,11 +57,8 @@ def test_tokens_come_as_they_are_accepted_and_the_end_is_told(engine):
     job = ask(engine, prompts()[0], lambda job, tokens: told.append(list(tokens)))
     wait(job, 20)
     time.sleep(0.05)
-    assert (
-        [t for some in told for t in some] == job.result.tokens
-        and told[-1] == []
-        and [] not in told[:-1]
-    )
+    flat = [token for some in told for token in some]
+    assert flat == job.result.tokens and told[-1] == [] and [] not in told[:-1]
     assert job.result.finish_reason == "length"
 
 
