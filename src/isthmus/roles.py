@@ -317,6 +317,50 @@ class Reshape(Protocol):
         ...
 
 
+@runtime_checkable
+class Constraint(Protocol):
+    """What a text may be, compiled for one vocabulary.
+
+    States are values: moving on makes a new one, so that the branches of a tree and the beams of a
+    search need no copies. Masks are int32 [R, W], a bit for each token, the lowest bit first.
+    :class:`isthmus.decoding.constrained.Constrained` makes a reshape of it.
+
+    Attributes:
+        exact: Whether everything that was asked for is held; False only where the caller has
+            agreed to less.
+    """
+
+    exact: bool
+
+    def start(self) -> Any:
+        """The state before the first token."""
+        ...
+
+    def advance(self, state: Any, token: int) -> Any:
+        """The state after one more token; after a forbidden one it is dead."""
+        ...
+
+    def rollback(self, state: Any, count: int) -> Any:
+        """The state ``count`` tokens ago."""
+        ...
+
+    def mask(self, states: Sequence[Any]) -> torch.Tensor:
+        """Tokens that may follow each state, int32 [R, W]; end tokens where the text may end."""
+        ...
+
+    def mask_tree(self, state: Any, tokens: Sequence[int], parents: Sequence[int]) -> torch.Tensor:
+        """Masks of all nodes of a tree whose root has the given state, int32 [N, W]."""
+        ...
+
+    def accepting(self, state: Any) -> bool:
+        """Whether the text may end here."""
+        ...
+
+    def forced(self, state: Any) -> tuple[int, ...]:
+        """Tokens of the text that follows whatever the model says: drafts that always stand."""
+        ...
+
+
 @dataclass(frozen=True)
 class Hypothesis:
     """One complete answer of a search.

@@ -1,3 +1,4 @@
+import json
 import threading
 import time
 
@@ -5,9 +6,14 @@ import pytest
 import tiny
 import torch
 
+import isthmus
 from isthmus.decoding.model import Prompt
 from isthmus.decoding.online import BusyError, Online, wait
 from isthmus.errors import InvalidInputError
+
+
+def ignore(job, tokens):
+    pass
 
 
 def prompts():
@@ -21,7 +27,7 @@ def engine():
     made.stop()
 
 
-def ask(engine, prompt, listener=lambda job, tokens: None, **options):
+def ask(engine, prompt, listener=ignore, **options):
     job = engine.prepare(prompt, listener, max_new_tokens=12, ignore_end=True, **options)
     engine.submit([job])
     return job
@@ -151,3 +157,14 @@ def test_a_listener_that_fails_ends_its_own_request_only(engine, caplog):
 def test_bad_requests_are_refused_before_they_reach_the_line(engine, prompt, options, words):
     with pytest.raises(InvalidInputError, match=words):
         ask(engine, prompt, **options)
+
+
+def test_constraints_hold_for_their_own_request_only():
+    engine = Online(isthmus.load(), batch_size=4)
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    free = engine.prepare("def add(a, b):", ignore, max_new_tokens=12)
+    bound = engine.prepare("x = ", ignore, max_new_tokens=40, constraint=schema, temperature=1.0)
+    engine.submit([free, bound])
+    assert wait(free, 60).text == isthmus.load().generate("def add(a, b):", max_new_tokens=12).text
+    assert list(json.loads(wait(bound, 60).text)) == ["n"]
+    engine.stop()

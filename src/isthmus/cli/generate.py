@@ -30,6 +30,11 @@ def generate(
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
     stop: tuple[str, ...] = (),
+    json_schema: str = "",
+    regex: str = "",
+    grammar: Annotated[Path | None, Parameter(allow_leading_hyphen=True)] = None,
+    choice: Annotated[tuple[str, ...], Parameter(allow_leading_hyphen=True)] = (),
+    lenient: bool = False,
     seed: int | None = None,
     dtype: str = "auto",
     device: str = "auto",
@@ -70,6 +75,12 @@ def generate(
         min_p: Leave out tokens below this share of the most likely one.
         repetition_penalty: Above 1 makes repeated tokens less likely.
         stop: Strings that end the text; may be given several times.
+        json_schema: The text has to be JSON that validates under this schema, a file or its text.
+        regex: The text has to match this regular expression as a whole.
+        grammar: The text has to follow the Lark grammar in this file.
+        choice: The text has to be one of these; give the option once for each.
+        lenient: Hold what can be held of a JSON Schema that cannot be held exactly, and say
+            whether the answer validates.
         seed: Seed of the sampling.
         dtype: auto, float32, bfloat16, float16 or float64; int8 rounds the weights, which changes
             the model a little.
@@ -95,6 +106,9 @@ def generate(
         "stop": list(stop),
         "seed": seed,
     }
+    constraint = _constraint(json_schema, regex, grammar, choice, lenient)
+    if constraint is not None:
+        options["constraint"] = constraint
     places: dict[str, Any] = {
         "dtype": dtype,
         "device": device,
@@ -155,6 +169,26 @@ def generate(
     law = "" if result.lossless else ", lossless: no (the text may differ from plain decoding)"
     print(f"[{result.drafter}] {result.stats.line()}{law}", file=sys.stderr)
     return code
+
+
+def _constraint(
+    schema: str, pattern: str, grammar: Path | None, choice: tuple[str, ...], lenient: bool
+) -> Any:
+    """What the options ask for, or None."""
+    given = [bool(schema), bool(pattern), grammar is not None, bool(choice)]
+    if sum(given) > 1:
+        raise InvalidInputError("give one of --json-schema, --regex, --grammar and --choice")
+    if lenient and not schema:
+        raise InvalidInputError("--lenient goes with --json-schema")
+    if not any(given):
+        return None
+    from isthmus.decoding import constraint as kinds
+
+    if schema:
+        return kinds.json_schema(schema, lenient=lenient)
+    if pattern:
+        return kinds.regex(pattern)
+    return kinds.choice(choice) if choice else kinds.grammar(Path(str(grammar)))
 
 
 def _prompt(prompt: str, file: Path | None) -> str:

@@ -149,16 +149,17 @@ def check_prompt(request: Request, max_length: int | None) -> None:
 
 
 def _inside(part: Any) -> list[Any]:
-    """The drafters inside a policy or a drafter."""
-    inner = [getattr(part, "drafter", None), *getattr(part, "drafters", ())]
-    return [drafter for drafter in inner if drafter is not None]
+    """The drafters and the policy inside a policy or a drafter."""
+    inner = [getattr(part, name, None) for name in ("policy", "drafter")]
+    inner += getattr(part, "drafters", ())
+    return [part for part in inner if part is not None]
 
 
 def wanted(part: Any) -> Taps:
     """What a policy, drafter or acceptance rule taps, and what the drafters inside it do."""
     taps: Taps = getattr(part, "taps", Taps())
-    for drafter in _inside(part):
-        taps |= wanted(drafter)
+    for inner in _inside(part):
+        taps |= wanted(inner)
     return taps
 
 
@@ -175,7 +176,7 @@ def extendable(part: Any) -> bool:
 
     own = place("extend") <= min(place("begin"), place("select"))
     able = own and callable(getattr(part, "extend", None))
-    return able and all(extendable(drafter) for drafter in _inside(part))
+    return able and all(extendable(inner) for inner in _inside(part))
 
 
 def collate(rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -13,6 +13,9 @@ import torch
 
 from isthmus import registry
 from isthmus.decoding.acceptance import Coupled, Lossless
+from isthmus.decoding.bytevocab import ByteVocab
+from isthmus.decoding.constrained import Constrained, Ending, Forced
+from isthmus.decoding.constraint import Compiler, DeadEnd, Grammar, Spec, as_spec
 from isthmus.decoding.cost import Costs, cost
 from isthmus.decoding.drafters import ModelDrafter, PromptLookup, Union
 from isthmus.decoding.engine import Request, check_prompt, decode
@@ -25,7 +28,10 @@ from isthmus.decoding.stopping import Detokenizer, Stopper
 from isthmus.decoding.target import HubTarget
 from isthmus.decoding.trained import read_config
 from isthmus.errors import InvalidInputError, UnknownNameError
-from isthmus.roles import Acceptance, Policy, Shape
+from isthmus.roles import Acceptance, Policy, Reshape, Shape
+
+Wanted = Spec | Mapping[str, Any]
+"""A constraint as callers give it; a mapping is a JSON Schema."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +42,13 @@ class Prompt:
         prompt: Text or token ids, as for :meth:`Model.generate`.
         max_new_tokens: Its own budget.
         seed: Its own seed.
+        constraint: Its own constraint.
     """
 
     prompt: str | torch.Tensor | Sequence[int]
     max_new_tokens: int | None = None
     seed: int | None = None
+    constraint: Wanted | None = None
 
 
 BUILT_IN = ("none", "auto", "prompt-lookup")
@@ -87,6 +95,7 @@ class Model:
         self.draft_model = None if draft_model is None else _target(draft_model, fast)
         self.last = Generation()
         self._policies: dict[str, Policy] = {}
+        self._compilers: dict[tuple[int, ...], Compiler] = {}
 
     def generate(
         self,
@@ -102,6 +111,7 @@ class Model:
         trace: bool = False,
         ignore_end: bool = False,
         inputs: dict[str, Any] | None = None,
+        constraint: Wanted | None = None,
         **sampling: Any,
     ) -> Any:
         """Decode one prompt or a batch.
@@ -123,6 +133,8 @@ class Model:
                 ``prompt`` (for example ``input_features``); then ``prompt`` holds the decoder's
                 start tokens and may be empty. For models that read images, what stands for the
                 image placeholders of the prompt (``pixel_values``).
+            constraint: What every answer has to be: a JSON Schema, or what one of the functions of
+                :mod:`isthmus.decoding.constraint` returns.
             sampling: ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty``,
                 ``processors``; see :class:`isthmus.decoding.law.Law`.
 
@@ -141,6 +153,7 @@ class Model:
                 "acceptance": acceptance,
                 "inputs": inputs,
                 "num_draft_tokens": num_draft_tokens,
+                "constraint": constraint,
             }
             given = [name for name, value in asked.items() if value]
             given += [name for name, value in sampling.items() if value != NEUTRAL.get(name)]
@@ -178,6 +191,7 @@ class Model:
             trace=trace,
             ignore_end=ignore_end,
             inputs=inputs,
+            constraint=constraint,
             **sampling,
         )
         try:
@@ -206,6 +220,7 @@ class Model:
         stop: Sequence[str] = (),
         seed: int | None = None,
         ignore_end: bool = False,
+        constraint: Wanted | None = None,
         **sampling: Any,
     ) -> Iterator[tuple[int, Generation]]:
         """Decode any number of prompts with continuous batching: a place is never left empty.
@@ -225,6 +240,7 @@ class Model:
             stop: Strings that end an answer.
             seed: Seed of the prompts without one of their own; each has its own noise.
             ignore_end: Do not stop at end tokens, for measurements.
+            constraint: Constraint of prompts without one of their own.
             sampling: As for :meth:`generate`.
 
         Yields:
@@ -250,11 +266,17 @@ class Model:
                         num_draft_tokens=num_draft_tokens,
                         stop=stop,
                         seed=seed if one.seed is None else one.seed,
+                        constraint=one.constraint or constraint,
                         **sampling,
                     ),
                 )
             return
-        law, policy = Law(**sampling), self.policy(drafter, num_draft_tokens)
+        policy = self.policy(drafter, num_draft_tokens)
+        rule = rule_of(policy)
+        shared = None if constraint is None else self.compile(constraint, ignore_end=ignore_end)
+        grammars: dict[int, Grammar | None] = {}
+        reshape = Constrained(shared, grammars)
+        law, policy = constrained_law(reshape, sampling), Forced(policy, reshape)
         generator = self._generator(seed)
         seeds: dict[int, int] = {}
         noise = Coupled(generator.initial_seed(), seeds)
@@ -268,7 +290,10 @@ class Model:
                 budget = max_new_tokens if one.max_new_tokens is None else one.max_new_tokens
                 try:
                     (start,), inputs = self._sources([one.prompt], None)
-                    request = self._request(start, budget, name, stop, ignore_end)
+                    grammar = shared
+                    if one.constraint is not None:
+                        grammar = self.compile(one.constraint, ignore_end=ignore_end)
+                    request = self._request(start, budget, name, stop, ignore_end, grammar)
                     check_prompt(request, self.target.max_length)
                 except InvalidInputError as error:
                     result = Generation(finish_reason="error", drafter=name, notes=[str(error)])
@@ -278,14 +303,14 @@ class Model:
                 index = next(place)
                 if one.seed is not None:
                     seeds[index] = one.seed
-                numbers[index] = number, request
+                numbers[index], grammars[index] = (number, request), grammar
                 yield request
 
         for emitted in decode(
             self.target,
             line(),
             policy=policy,
-            acceptance=rule_of(policy) or (Lossless() if law.greedy else noise),
+            acceptance=rule or (Lossless() if law.greedy else noise),
             law=law,
             generator=generator,
             batch_size=batch_size,
@@ -294,7 +319,12 @@ class Model:
                 if numbers[index][1].result.finish_reason:
                     number, request = numbers.pop(index)
                     seeds.pop(index, None)
-                    self._finish(request)
+                    grammars.pop(index)
+                    try:
+                        self._finish(request)
+                    except DeadEnd as error:
+                        request.result.finish_reason = "error"
+                        request.result.notes.append(str(error))
                     yield number, request.result
             yield from pop_all(refused)
         yield from pop_all(refused)
@@ -458,20 +488,33 @@ class Model:
         trace: bool = False,
         ignore_end: bool = False,
         inputs: dict[str, Any] | None = None,
+        constraint: Wanted | None = None,
         **sampling: Any,
     ) -> _Job:
-        law = law or Law(**sampling)
         policy = self.policy(drafter, num_draft_tokens)
+        rule = acceptance or rule_of(policy) or Lossless()
+        grammar = None
+        if constraint is not None:
+            if law is not None:
+                raise InvalidInputError(
+                    "a constraint and a complete law do not go together; give the law a "
+                    "Constrained reshape, or sampling options"
+                )
+            grammar = self.compile(constraint, ignore_end=ignore_end)
+            reshape = Constrained(grammar)
+            law, policy = constrained_law(reshape, sampling), Forced(policy, reshape)
+        law = law or Law(**sampling)
         starts, inputs = self._sources(prompts, inputs)
         name = drafter if isinstance(drafter, str) else "custom"
         requests = [
-            self._request(start, max_new_tokens, name, stop, ignore_end) for start in starts
+            self._request(start, max_new_tokens, name, stop, ignore_end, grammar)
+            for start in starts
         ]
         rounds = decode(
             self.target,
             requests,
             policy=policy,
-            acceptance=acceptance or rule_of(policy) or Lossless(),
+            acceptance=rule,
             law=law,
             generator=self._generator(seed),
             inputs=inputs,
@@ -480,15 +523,21 @@ class Model:
         return _Job(requests, rounds)
 
     def _request(
-        self, start: torch.Tensor, budget: int, drafter: str, stop: Sequence[str], ignore_end: bool
+        self,
+        start: torch.Tensor,
+        budget: int,
+        drafter: str,
+        stop: Sequence[str],
+        ignore_end: bool,
+        grammar: Grammar | None = None,
     ) -> Request:
         if budget < 1:
             raise InvalidInputError(f"max_new_tokens must be at least 1, got {budget}")
-        ends = [] if ignore_end else as_list(self.target.model.generation_config.eos_token_id)
         stopper = Stopper(
             max_new_tokens=budget,
-            end_tokens=ends,
+            end_tokens=self._ends(ignore_end),
             stop=[stop] if isinstance(stop, str) else stop,
+            criteria=None if grammar is None else Ending(grammar),
             tokenizer=self.tokenizer,
         )
         result = Generation(drafter=drafter)
@@ -496,6 +545,32 @@ class Model:
             name = type(self.target.model).__name__
             result.notes.append(f"{name} is exact one token at a time only; nothing is drafted")
         return Request(start, stopper, result)
+
+    def _ends(self, ignore_end: bool) -> tuple[int, ...]:
+        ends = self.target.model.generation_config.eos_token_id
+        return () if ignore_end else tuple(as_list(ends))
+
+    def compile(self, constraint: Wanted, *, ignore_end: bool = False) -> Grammar:
+        """A constraint for this model's vocabulary, compiled now or before.
+
+        Args:
+            constraint: A JSON Schema, or what one of the functions of
+                :mod:`isthmus.decoding.constraint` returns.
+            ignore_end: As for :meth:`generate`; the answer ends with the constraint all the same.
+
+        Raises:
+            UnsupportedConstraint: It cannot be held; the message has the reason.
+            InvalidInputError: There is no tokenizer.
+            MissingExtraError: llguidance is not installed.
+        """
+        if self.tokenizer is None:
+            raise InvalidInputError("a constraint needs a tokenizer; this model has none")
+        ends = self._ends(ignore_end)
+        if ends not in self._compilers:
+            self._compilers[ends] = Compiler(
+                ByteVocab(self.tokenizer), self.target.vocab_size, ends
+            )
+        return self._compilers[ends].compile(as_spec(constraint))
 
     def _generator(self, seed: int | None) -> torch.Generator:
         generator = torch.Generator(self.target.device)
@@ -542,6 +617,14 @@ class Model:
             result.text = request.stopper.text
         elif self.tokenizer is not None:
             result.text = self.tokenizer.decode(result.tokens, skip_special_tokens=True)
+        if isinstance(request.stopper.criteria, Ending):
+            request.stopper.criteria.close(result)
+
+
+def constrained_law(reshape: Constrained, sampling: dict[str, Any]) -> Law:
+    """The law of some sampling options under a constraint."""
+    others: tuple[Reshape, ...] = tuple(sampling.get("reshapes", ()))
+    return Law(**{**sampling, "reshapes": (*others, reshape)})
 
 
 def pop_all(items: list[Any]) -> Iterator[Any]:

@@ -22,10 +22,12 @@ from typing import Any
 import torch
 
 from isthmus.decoding.acceptance import Coupled, Lossless
+from isthmus.decoding.constrained import Constrained, Forced
+from isthmus.decoding.constraint import DeadEnd, Grammar
 from isthmus.decoding.engine import Request, check_prompt, decode
 from isthmus.decoding.generation import Generation
 from isthmus.decoding.law import Law, Laws
-from isthmus.decoding.model import Model, rule_of
+from isthmus.decoding.model import Model, Wanted, constrained_law, rule_of
 from isthmus.decoding.tree import TokenTree
 from isthmus.errors import InvalidInputError, IsthmusError
 from isthmus.roles import Context, Verdict
@@ -57,14 +59,22 @@ class Job:
     """A request on its way.
 
     Attributes:
+        request: The request, as the loop takes it.
+        sampling: Options of its law.
+        seed: Key of its draws.
+        grammar: What its answer has to be, or None.
+        listener: Who is told.
+        top: Likeliest tokens to report beside each token, or None.
+        cancelled: Why it was let go, empty while it was not.
         result: Filled in as decoding goes on; ``finish_reason`` is set at the end.
         logprobs: One entry a token, where asked for.
         done: Set once nothing more will come.
     """
 
     request: Request
-    law: Law
+    sampling: dict[str, Any]
     seed: int
+    grammar: Grammar | None
     listener: Callable[[Job, list[int]], None]
     top: int | None = None
     logprobs: list[Logprob] = field(default_factory=list)
@@ -98,17 +108,18 @@ class _Line:
 
 
 class _Laws(Laws):
-    """The laws, and the seeds, which are forgotten with them."""
+    """The laws, and the seeds and constraints that are forgotten with them."""
 
-    def __init__(self, own: dict[int, Law], seeds: dict[int, int]) -> None:
+    def __init__(self, own: dict[int, Law], *others: dict[int, Any]) -> None:
         super().__init__(own)
-        self._seeds = seeds
+        self._others = others
 
     def forget(self, requests: Sequence[int]) -> None:
         """Let go of requests that have left."""
         super().forget(requests)
         for request in requests:
-            self._seeds.pop(request, None)
+            for other in self._others:
+                other.pop(request, None)
 
 
 class _Rule:
@@ -186,6 +197,8 @@ class Online:
         self._jobs: dict[int, Job] = {}  # in the loop, by number
         self._laws: dict[int, Law] = {}
         self._seeds: dict[int, int] = {}
+        self._grammars: dict[int, Grammar | None] = {}
+        self._constrained = Constrained(None, self._grammars)
         self._numbers = 0
         self._wake = threading.Condition()
         self._stopping = False
@@ -218,6 +231,7 @@ class Online:
         logprobs: int | None = None,
         trace: bool = False,
         ignore_end: bool = False,
+        constraint: Wanted | None = None,
         **sampling: Any,
     ) -> Job:
         """Check a request; :meth:`submit` puts it into the line.
@@ -232,17 +246,23 @@ class Online:
             logprobs: Likeliest tokens to report beside each token; None reports nothing.
             trace: Keep the drafted tokens of every round.
             ignore_end: Do not stop at end tokens.
+            constraint: What the answer has to be, as for generate.
             sampling: As for :class:`~isthmus.decoding.law.Law`.
 
         Raises:
-            InvalidInputError: A bad prompt or option.
+            InvalidInputError: A bad prompt, option or constraint.
         """
-        law = Law(**sampling)
+        Law(**sampling)  # refuses what is out of range
+        grammar = None
+        if constraint is not None:
+            grammar = self.model.compile(constraint, ignore_end=ignore_end)
         (start,), inputs = self.model._sources([prompt], None)
-        request = self.model._request(start, max_new_tokens, self.drafter, stop, ignore_end)
+        request = self.model._request(
+            start, max_new_tokens, self.drafter, stop, ignore_end, grammar
+        )
         check_prompt(request, self.model.target.max_length)
         request.inputs, request.trace = inputs or {}, trace
-        return Job(request, law, seed, listener, logprobs)
+        return Job(request, sampling, seed, grammar, listener, logprobs)
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Put jobs into the line, all or none.
@@ -286,8 +306,9 @@ class Online:
                 self._end(job)
                 continue
             number, self._numbers = self._numbers, self._numbers + 1
-            self._jobs[number], self._laws[number] = job, job.law
-            self._seeds[number] = job.seed
+            self._jobs[number], self._seeds[number] = job, job.seed
+            self._grammars[number] = job.grammar
+            self._laws[number] = constrained_law(self._constrained, job.sampling)
             return job
         return None
 
@@ -311,15 +332,16 @@ class Online:
     def _decode(self) -> None:
         """Decode until the line is dry and no row is at work."""
         self._numbers = 0
-        self._laws.clear()
-        self._seeds.clear()
+        for kept in (self._laws, self._seeds, self._grammars):
+            kept.clear()
+        self._constrained = Constrained(None, self._grammars)
         target = self.model.target
         rounds = decode(
             target,
             _Line(self),
-            policy=self.policy,
+            policy=Forced(self.policy, self._constrained),
             acceptance=_Rule(self._seeds, self._jobs),
-            law=_Laws(self._laws, self._seeds),
+            law=_Laws(self._laws, self._seeds, self._grammars),
             generator=torch.Generator(target.device).manual_seed(0),
             batch_size=self.batch_size,
         )
@@ -340,7 +362,11 @@ class Online:
     def _end(self, job: Job) -> None:
         job.result.finish_reason = job.result.finish_reason or job.cancelled
         if job.result.finish_reason != "error":
-            self.model._finish(job.request)
+            try:
+                self.model._finish(job.request)
+            except DeadEnd as error:
+                job.result.finish_reason = "error"
+                job.result.notes.append(str(error))
         job.done.set()
         self._tell(job, [])
 
