@@ -285,3 +285,15 @@ def test_load_keeps_bfloat16_weights_and_is_exact_without_padding() -> None:
 def test_a_plain_decoder_takes_no_encoder_inputs() -> None:
     with pytest.raises(InvalidInputError, match="no encoder inputs"):
         FastTarget(make("Llama")).session(1, input_ids=torch.ones(1, 3, dtype=torch.int64))
+
+
+def test_another_default_dtype_does_not_reach_the_kernel() -> None:
+    """A model that is being loaded in another thread changes it for the whole process."""
+    model = isthmus.load()
+    want = model.generate("def add(a, b):", max_new_tokens=16, drafter="none").tokens
+    fresh = isthmus.load()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert fresh.generate("def add(a, b):", max_new_tokens=16, drafter="none").tokens == want
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -305,7 +305,7 @@ def create_app(
                                 trace_round(
                                     made,
                                     tokens,
-                                    server.token_text,
+                                    server.shown_text,
                                     seconds=time.monotonic() - start,
                                     forwards=shown,
                                     count=count,

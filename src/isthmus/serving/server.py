@@ -127,6 +127,10 @@ class Server:
             self._texts[token] = self.model.tokenizer.decode([token])
         return self._texts[token]
 
+    def shown_text(self, token: int) -> str:
+        """Text of a single token as a reader sees it: that of an end token is empty."""
+        return "" if token in self.model.tokenizer.all_special_ids else self.token_text(token)
+
     def check_name(self, name: str) -> None:
         """Refuse another model's name; none at all is taken.
 
