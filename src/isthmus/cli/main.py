@@ -73,6 +73,11 @@ bench.command(
     name="roofline",
     help="Forwards of a model beside the least time that this machine allows.",
 )
+bench.command(
+    "isthmus.cli.bench_serve:serve",
+    name="serve",
+    help="A server under load, beside that of transformers.",
+)
 app.command(bench)
 
 

@@ -54,6 +54,9 @@ from isthmus.roles import (
 PREFILL_TOKENS = 512
 """Prompt tokens that are read between two rounds of the rows at work: bounds their wait."""
 
+PATIENCE = 8
+"""Rounds after which rows join or leave though they are less than a quarter of the batch."""
+
 
 @dataclass
 class Request:
@@ -236,6 +239,7 @@ class _Loop:
         # a row may come with several images, so the inputs of all are split only where they must be
         self.total = len(requests) if isinstance(requests, Sequence) else None
         self.admitted = 0  # requests that have left the line
+        self.rounds = self.joined = self.left = 0  # so far, and when rows last joined or left
         self.requests: dict[int, Request] = {}
         self.since: dict[int, float] = {}
         self.newcomers: _Newcomers | None = None
@@ -251,6 +255,7 @@ class _Loop:
                 self.prefill(self.newcomers)
             if self.context.batch:
                 yield self.round()
+                self.rounds += 1
                 self.drop_finished()
             self.admit()
 
@@ -268,15 +273,19 @@ class _Loop:
         return Context(ids, lengths, list(lengths), self.law, self.generator, list(indices), noise)
 
     def admit(self) -> None:
-        """Let the head of the line take the free places, once they are a quarter of the batch."""
+        """Let the head of the line take the free places, once they are a quarter of the batch.
+
+        Joining copies the batch, so one place alone waits a few rounds, but never for other rows.
+        """
         free = None if self.batch_size is None else self.batch_size - self.context.batch
-        enough = self.grows and free is not None and 4 * free >= (self.batch_size or 0) > 0
+        worth = free is not None and 4 * free >= (self.batch_size or 0) > 0
+        enough = self.grows and (worth or self.rounds - self.joined >= PATIENCE)
         if self.newcomers or (self.context.batch and not enough):
             return
         fresh = list(islice(self.line, free))
         if not fresh:
             return
-        start = time.perf_counter()
+        start, self.joined = time.perf_counter(), self.rounds
         first, self.admitted = self.admitted, self.admitted + len(fresh)
         for index, request in enumerate(fresh, first):
             check_prompt(request, self.target.max_length)
@@ -462,12 +471,14 @@ class _Loop:
         result.rounds.append(RoundTrace(name, drafted, accepted, emitted, **detail))
 
     def drop_finished(self) -> None:
-        """Remove finished rows once they are a quarter of the batch."""
+        """Remove finished rows once they are a quarter of the batch, or after a few rounds."""
         context = self.context
         alive = self.alive()
         gone = context.batch - len(alive)
-        if gone == 0 or (alive and gone * 4 < context.batch):
+        soon = gone * 4 < context.batch and self.rounds - self.left < PATIENCE
+        if gone == 0 or (alive and soon):
             return
+        self.left = self.rounds
         assert context.session is not None
         context.session = context.session.fork(alive) if alive else None
         if alive:

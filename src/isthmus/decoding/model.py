@@ -124,7 +124,9 @@ class Model:
                 trained drafter, or a policy.
             num_draft_tokens: Draft nodes a round, where the drafter takes a number.
             stop: Strings that end the answer; the text is cut before them.
-            seed: Seed of every random draw.
+            seed: Seed of every random draw. With one, the text depends neither on the drafter
+                nor on what the machine is busy with (:class:`~.acceptance.Coupled`), and is that
+                of ``isthmus serve``; some drafters of drawn trees are the exception.
             law: A complete law, instead of ``sampling``.
             acceptance: Another acceptance rule than the exact one for what is at hand.
             trace: Keep the drafted tokens of every round.
@@ -492,7 +494,7 @@ class Model:
         **sampling: Any,
     ) -> _Job:
         policy = self.policy(drafter, num_draft_tokens)
-        rule = acceptance or rule_of(policy) or Lossless()
+        rule = acceptance or rule_of(policy) or Lossless(seed)
         grammar = None
         if constraint is not None:
             if law is not None:

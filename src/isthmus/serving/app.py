@@ -15,7 +15,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict
 from importlib.resources import files
 from typing import Annotated, Any
@@ -26,6 +26,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from fastapi.staticfiles import StaticFiles
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from isthmus import __version__
 from isthmus.decoding.model import Model
@@ -43,6 +44,25 @@ def _event(data: dict[str, Any]) -> str:
 
 
 STREAM = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+
+
+class Stream(StreamingResponse):
+    """A stream of events; a client that does not read it in time is let go.
+
+    Args:
+        events: The events.
+        seconds: Time for all of it.
+    """
+
+    def __init__(self, events: AsyncIterator[str], seconds: float) -> None:
+        super().__init__(events, media_type="text/event-stream", headers=STREAM)
+        self._seconds = seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._seconds):
+                await super().__call__(scope, receive, send)
 
 
 def create_app(
@@ -184,7 +204,9 @@ def create_app(
         chunk = {**head, "object": "chat.completion.chunk" if chat else kind}
         waiting = {"usage": None} if body.usage else {}
         # the first token decides between an answer and a refusal with a status of its own
-        first = await anext(flow)
+        first = await anext(flow, None)
+        if first is None:
+            return Response(status_code=499)  # nobody is there any more
 
         async def events() -> AsyncIterator[str]:
             try:
@@ -212,7 +234,7 @@ def create_app(
             finally:
                 await flow.aclose()  # type: ignore[attr-defined]
 
-        return StreamingResponse(events(), media_type="text/event-stream", headers=STREAM)
+        return Stream(events(), 2 * limits.timeout_s)
 
     @app.post("/v1/completions")
     async def completions(request: Request, body: Annotated[CompletionRequest, Body()]) -> Response:
@@ -285,7 +307,9 @@ def create_app(
             trace=True,
         )
         flow = server.tokens(request, "trace", answers, queue)
-        first = await anext(flow)
+        first = await anext(flow, None)
+        if first is None:
+            return Response(status_code=499)
         start = time.monotonic()
 
         async def events() -> AsyncIterator[str]:
@@ -330,12 +354,16 @@ def create_app(
             finally:
                 await flow.aclose()  # type: ignore[attr-defined]
 
-        return StreamingResponse(events(), media_type="text/event-stream", headers=STREAM)
+        return Stream(events(), 2 * limits.timeout_s)
 
     static = str(files("isthmus.serving") / "static")
     app.mount("/", StaticFiles(directory=static, html=True), name="page")
     guarded: Any = app
     guarded.add_middleware(
-        Guard, max_body=limits.max_body_bytes, api_key=api_key, hosts=tuple(hosts)
+        Guard,
+        max_body=limits.max_body_bytes,
+        body_s=min(30.0, limits.timeout_s),
+        api_key=api_key,
+        hosts=tuple(hosts),
     )
     return app

@@ -5,6 +5,7 @@ A pure ASGI layer, so that a body that is too large is never held in memory.
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -28,8 +29,8 @@ HEADERS = (
 )
 
 
-class TooLargeError(Exception):
-    """A body outgrew its limit while it was read."""
+class RefusedError(Exception):
+    """A body outgrew its limit or came too slowly while it was read."""
 
 
 class Guard:
@@ -38,13 +39,16 @@ class Guard:
     Args:
         app: The application.
         max_body: Bytes of a body at most.
+        body_s: Seconds within which a body has to be there.
         api_key: Key that ``/v1`` and ``/api`` ask for; empty asks for none.
         hosts: Names that a ``Host`` header may have; empty allows all. Keeps pages of other sites
             from reaching a server on loopback through a name of their own (DNS rebinding).
     """
 
-    def __init__(self, app: Any, *, max_body: int, api_key: str, hosts: tuple[str, ...]) -> None:
-        self.app, self.max_body, self.hosts = app, max_body, hosts
+    def __init__(
+        self, app: Any, *, max_body: int, body_s: float, api_key: str, hosts: tuple[str, ...]
+    ) -> None:
+        self.app, self.max_body, self.body_s, self.hosts = app, max_body, body_s, hosts
         self.api_key = api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -65,31 +69,43 @@ class Guard:
         if not length.isdigit() or int(length) > self.max_body:
             await self._too_large(send)
             return
-        read, started, large = 0, False, False
+        read, started, large, late, whole = 0, False, False, False, False
+        until = asyncio.get_running_loop().time() + self.body_s
 
         async def limited() -> MutableMapping[str, Any]:
-            nonlocal read, large
-            message = await receive()
+            nonlocal read, large, late, whole
+            if whole:  # what comes now is that the client leaves
+                return await receive()
+            try:
+                async with asyncio.timeout_at(until):
+                    message = await receive()
+            except TimeoutError:
+                late = True
+                raise RefusedError from None
             if message["type"] == "http.request":
                 read += len(message.get("body", b""))
+                whole = not message.get("more_body", False)
                 if read > self.max_body:
                     large = True
-                    raise TooLargeError
+                    raise RefusedError
             return message
 
         async def noted(message: MutableMapping[str, Any]) -> None:
             nonlocal started
-            if large and not started:
+            if (large or late) and not started:
                 return  # whatever the application makes of it, it is said below
             if message["type"] == "http.response.start":
                 started = True
                 message["headers"] = [*message.get("headers", ()), *HEADERS]
             await send(message)
 
-        with suppress(TooLargeError):
+        with suppress(RefusedError):
             await self.app(scope, limited, noted)
         if large and not started:
             await self._too_large(send)
+        elif late and not started:
+            words = f"the body did not arrive within {self.body_s:g} s"
+            await refuse(send, 408, words, "body")
 
     def _knows(self, headers: dict[bytes, bytes]) -> bool:
         if not self.api_key:
@@ -114,7 +130,7 @@ async def refuse(send: Send, status: int, message: str, param: str) -> None:
     """Send an error and be done."""
     body = json.dumps(body_of(status, message, param)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    if status in (413, 421):
+    if status in (408, 413, 421):
         headers.append((b"connection", b"close"))  # what is left of the body is not read
     await send({"type": "http.response.start", "status": status, "headers": [*headers, *HEADERS]})
     await send({"type": "http.response.body", "body": body})

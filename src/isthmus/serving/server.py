@@ -28,6 +28,9 @@ from isthmus.serving.schema import Common
 CHAT_STOPS = ("\nuser:", "\nsystem:")
 """Where an answer ends that a model without a chat template writes after ``assistant:``."""
 
+LOOK_S = 0.25
+"""Seconds between two looks whether a client is still there."""
+
 Events = asyncio.Queue[tuple[int, list[int], bool]]
 """Number of a choice, its new tokens, and whether it is done."""
 
@@ -77,6 +80,8 @@ class Answer:
         self.fresh += tokens
         if last:
             text = self.job.result.text
+        elif self.job.result.finish_reason:
+            return ""  # where a stop string cuts the text is told at the end
         else:
             self.detokenizer.push(tokens)
             text = self.detokenizer.text[: max(self.shown, len(self.detokenizer.text) - self.hold)]
@@ -160,6 +165,11 @@ class Server:
             raise InvalidInputError(
                 f"this server writes {limits.max_tokens} tokens at most, not {max_tokens}"
             )
+        most = limits.batch_size + limits.queue
+        if len(prompts) * (body.n or 1) > most:
+            raise InvalidInputError(
+                f"this server writes {most} answers at once at most; ask for fewer prompts or n"
+            )
         wanted = _constraint(body)
         stops = [*body.stops, *stops]
         sampling = {
@@ -234,14 +244,20 @@ class Server:
             HTTPException: 504 after the time limit, 500 where the engine failed.
         """
         start, first = time.monotonic(), True
-        status, left = 200, len(answers)
+        status, left, looked = 200, len(answers), start
         try:
             self.engine.submit([answer.job for answer in answers])
             while left:
-                patience = start + self.limits.timeout_s - time.monotonic()
+                now = time.monotonic()
+                if now - looked >= LOOK_S:
+                    looked = now
+                    if await request.is_disconnected():
+                        status = 499
+                        return
+                patience = start + self.limits.timeout_s - now
                 try:
                     index, tokens, done = await asyncio.wait_for(
-                        queue.get(), max(0.0, min(0.5, patience))
+                        queue.get(), max(0.0, min(LOOK_S, patience))
                     )
                 except TimeoutError:
                     if patience <= 0:
@@ -249,9 +265,6 @@ class Server:
                         raise HTTPException(
                             504, f"no answer within {self.limits.timeout_s:g} s"
                         ) from None
-                    if await request.is_disconnected():
-                        status = 499
-                        return
                     continue
                 if first:
                     first = False
@@ -376,7 +389,9 @@ def _constraint(body: Common) -> Any:
     if wanted.json_schema is None:
         raise InvalidInputError("response_format of type json_schema needs the field json_schema")
     try:
-        return constraint.json_schema(json.dumps(wanted.json_schema.schema_))
+        schema = json.dumps(wanted.json_schema.schema_, ensure_ascii=False)
+        schema.encode()  # half a surrogate pair is no text
+        return constraint.json_schema(schema)
     except (RecursionError, ValueError) as error:
         if isinstance(error, IsthmusError):
             raise
