@@ -38,7 +38,7 @@ class ByteVocab:
             re.findall(r'"type": ?"(\w+)"', json.dumps([parts["decoder"], parts["pre_tokenizer"]]))
         )
         model = parts["model"].get("type", "")
-        self._tokenizer = tokenizer
+        self._encode = backend.encode
         self._byte_level = "ByteLevel" in kinds
         spaces = SPACE in json.dumps(parts["decoder"], ensure_ascii=False)
         if not self._byte_level and not (model in ("BPE", "Unigram") and spaces):
@@ -81,7 +81,7 @@ class ByteVocab:
         except UnicodeDecodeError:
             return self._longest(text)
         lead = "" if self._byte_level else "\n"  # or a space would be put in front
-        ids: list[int] = self._tokenizer(lead + whole, add_special_tokens=False).input_ids
+        ids: list[int] = self._encode(lead + whole, add_special_tokens=False).ids
         if lead:
             seen = b""
             while ids and not seen.endswith(b"\n"):

@@ -309,9 +309,16 @@ class Grammar:
     """
 
     def __init__(
-        self, spec: Spec, matcher: LLMatcher, size: int, ends: tuple[int, ...], unheld: str = ""
+        self,
+        spec: Spec,
+        matcher: LLMatcher,
+        tokenizer: LLTokenizer,
+        ends: tuple[int, ...],
+        unheld: str = "",
     ) -> None:
+        size = tokenizer.vocab_size - 1
         self.spec, self.size, self.ends, self.unheld = spec, size, ends, unheld
+        self._tokenizer = tokenizer
         self.exact, self.canonical = not unheld, spec.canonical
         self.words = size // 32 + 1  # one bit more than there are tokens: llguidance's own end
         self._matcher = matcher
@@ -363,6 +370,12 @@ class Grammar:
         for token, parent in zip(tokens[1:], parents[1:], strict=True):
             states.append(states[parent].advance(token))
         return self.mask(states)
+
+    def accepts(self, text: str) -> bool:
+        """Whether a whole text is allowed, whatever its tokens."""
+        matcher = self._matcher.deep_copy()
+        tokens = self._tokenizer.tokenize_bytes(text.encode())
+        return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
 
     def judge(self, text: str) -> str:
         """What jsonschema has against an answer under a lenient schema; empty where nothing.
@@ -460,7 +473,7 @@ class Compiler:
         matcher = matchers(self.tokenizer, text, log_level=0)
         if matcher.is_error():
             raise UnsupportedConstraint(_first_line(matcher.get_error()))
-        grammar = Grammar(spec, matcher, self.size, self.ends, unheld)
+        grammar = Grammar(spec, matcher, self.tokenizer, self.ends, unheld)
         first = grammar.start()
         allowed = first.mask
         if allowed is not None and not first.accepting and not _beyond(allowed, grammar).any():
