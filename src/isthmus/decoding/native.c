@@ -31,7 +31,7 @@ typedef vi any_vi __attribute__((aligned(1), may_alias));
 
 enum { FLOAT32, BFLOAT16, INT8 };
 enum { NONE, SILU, GELU_TANH, GELU, RELU };
-enum { EMBED, NORM, LINEAR, ROTATE, ATTEND, TAP };
+enum { EMBED, NORM, LINEAR, ROTATE, ATTEND, TAP, SPREAD };
 
 struct Pieces;
 
@@ -41,27 +41,39 @@ typedef struct {
   int32_t source, target, add, wait;  /* buffers; add to the target; threads meet afterwards */
   int64_t in_width, out_width;        /* K and O of a LINEAR; widths of rows elsewhere */
   int64_t stride, offset;             /* of LINEAR's O values in a row of the target */
-  const void *weight, *gate;          /* gate: target = activation(gate x) * (weight x) */
+  const void *weight, *gate;          /* gate: target = activation(gate x) * (weight x); EMBED: the
+                                         table of positions, whose first row is at offset */
   const float *scale, *gate_scale;    /* [O] of int8 weights */
-  const void *bias;                   /* [O] of a LINEAR */
+  const void *bias;                   /* [O] of a LINEAR, [D] of a NORM */
   int64_t bias_dtype;
-  float eps, factor;                  /* factor: of scores (ATTEND), of rows (EMBED) */
+  float eps, factor;                  /* factor: of scores (ATTEND), of rows (EMBED, LINEAR) */
   int64_t window;                     /* keys seen, counted from the query; 0 is all */
+  int32_t mean, store;                /* NORM: subtract the mean; ATTEND: which store */
+  int32_t whole, biased;              /* ATTEND: all that is stored and no node, ROTATE: nodes are all
+                                         that is stored; ATTEND: add SPREAD's table */
 } Op;
+
+/* Keys and values of all layers. */
+typedef struct {
+  float *keys, *values;               /* [L, B, H_kv, capacity, D] */
+  int64_t capacity, layer_stride;     /* in slots; in elements */
+  int64_t used;                       /* slots in use in every row */
+  const int32_t *live;                /* [B, used] slots that are seen, in order, or null: all */
+  const int64_t *lengths;             /* [B] how many they are */
+} Store;
 
 /* One call: B rows of N nodes on top of what is cached. */
 typedef struct {
-  int64_t batch, nodes, used;         /* used: slots in use in every row */
+  int64_t batch, nodes;
   const int64_t *tokens, *positions;  /* [B, N] */
   const uint8_t *ancestors;           /* [1 or B, N, N], or null for a chain */
   int64_t ancestor_stride;            /* 0 when all rows are alike */
-  const int32_t *live;                /* [B, used] slots of committed tokens, or null: all */
-  const int64_t *lengths;             /* [B] committed tokens of each row */
-  float *keys, *values;               /* [L, B, H_kv, capacity, D] */
-  int64_t capacity, layer_stride;     /* in slots; in elements */
+  Store stores[2];                    /* what came before the nodes; the encoder's output */
   int64_t heads, kv_heads, head_dim, rotary_dim;
   int64_t threads;
   const float *cosines, *sines;       /* [positions, rotary_dim] */
+  const int32_t *buckets;             /* [span] of key minus query, the first one -reach */
+  int64_t span, reach;
   float *buffers[8];                  /* [B * N, width] each */
   float *taps;                        /* [taps, B * N, D], in the order of TAP's layer field */
   const int32_t *tapped;              /* place of each TAP in taps, or -1 */
@@ -336,23 +348,41 @@ static inline void wait_for(Pieces *pieces, int64_t count) {
 
 static int64_t embed(const Op *op, const Call *call, Pieces *pieces) {
   int64_t rows = call->batch * call->nodes, D = op->out_width;
-  for (int64_t n; (n = take(pieces)) < rows; finish(pieces, 1))
-    for (int64_t d = 0; d < D; d++)
-      call->buffers[op->target][n * D + d] =
-          op->factor * read_as(op->weight, call->tokens[n] * D + d, op->dtype);
+  for (int64_t n; (n = take(pieces)) < rows; finish(pieces, 1)) {
+    float *out = call->buffers[op->target] + n * D;
+    int64_t at = call->tokens[n] * D, place = (call->positions[n] + op->offset) * D;
+    for (int64_t d = 0; d < D; d++) out[d] = op->factor * read_as(op->weight, at + d, op->dtype);
+    if (op->gate)
+      for (int64_t d = 0; d < D; d++) out[d] += read_as(op->gate, place + d, op->dtype);
+  }
   return rows;
 }
 
+/* What relative positions add to the scores of each head, by key minus query: [H, span]. */
+static int64_t spread(const Op *op, const Call *call, Pieces *pieces) {
+  for (int64_t h; (h = take(pieces)) < call->heads; finish(pieces, 1))
+    for (int64_t i = 0; i < call->span; i++)
+      call->buffers[op->target][h * call->span + i] =
+          read_as(op->weight, call->buckets[i] * call->heads + h, op->dtype);
+  return call->heads;
+}
+
 static void normalize(const float *x, float *y, int64_t D, const Op *op, const void *weight) {
+  float mean = 0.0f;
+  if (op->mean) {
+    vf total = splat(0.0f);
+    for (int64_t d = 0; d < D; d += LANES) total += load(x + d);
+    mean = sum(total) / D;
+  }
   vf squares = splat(0.0f);
   for (int64_t d = 0; d < D; d += LANES) {
-    vf v = load(x + d);
+    vf v = load(x + d) - mean;
     squares += v * v;
   }
   float inverse = 1.0f / sqrtf(sum(squares) / D + op->eps);
-  for (int64_t d = 0; d < D; d++) {
-    y[d] = x[d] * inverse * read_as(weight, d, op->dtype);
-  }
+  for (int64_t d = 0; d < D; d++) y[d] = (x[d] - mean) * inverse * read_as(weight, d, op->dtype);
+  if (op->bias)
+    for (int64_t d = 0; d < D; d++) y[d] += read_as(op->bias, d, op->bias_dtype);
 }
 
 static int64_t norm(const Op *op, const Call *call, Pieces *pieces) {
@@ -379,6 +409,8 @@ static int64_t linear(const Op *op, const Call *call, Pieces *pieces, float *scr
       multiply(x, K, N, op->gate, op->dtype, op->gate_scale, first, rows, more, size, tile, &dealt);
     for (int64_t n = 0; n < N; n++) {
       float *from = out + n * size, *gate = more + n * size, *to = y + n * op->stride + first;
+      if (op->factor)
+        for (int64_t r = 0; r < rows; r++) from[r] *= op->factor;
       if (op->bias)
         for (int64_t r = 0; r < rows; r++) from[r] += read_as(op->bias, first + r, op->bias_dtype);
       if (op->gate)  /* whole vectors: a row of the scratch has room for them */
@@ -396,15 +428,16 @@ static int64_t linear(const Op *op, const Call *call, Pieces *pieces, float *scr
   return O;
 }
 
-/* Rotate queries and keys to their positions and write keys and values into the cache. The source
+/* Rotate queries and keys to their positions and write keys and values into the store. The source
  * buffer holds [queries | keys | values] of each node; queries stay in it. */
 static int64_t rotate(const Op *op, const Call *call, Pieces *pieces) {
   int64_t H = call->heads, G = call->kv_heads, D = call->head_dim, R = call->rotary_dim;
   int64_t width = (H + 2 * G) * D, rows = call->batch * call->nodes;
+  const Store *kept = call->stores;
   for (int64_t n; (n = take(pieces)) < rows; finish(pieces, 1)) {
     float *row = call->buffers[op->source] + n * width;
-    const float *c = call->cosines + call->positions[n] * R;
-    const float *s = call->sines + call->positions[n] * R;
+    const float *c = R ? call->cosines + call->positions[n] * R : 0;
+    const float *s = R ? call->sines + call->positions[n] * R : 0;
     for (int64_t h = 0; h < H + G; h++) {
       float *v = row + h * D;
       const void *weight = h < H ? op->weight : op->gate;
@@ -415,17 +448,17 @@ static int64_t rotate(const Op *op, const Call *call, Pieces *pieces) {
         v[d + R / 2] = b * c[d + R / 2] + a * s[d + R / 2];
       }
     }
-    int64_t b = n / call->nodes, slot = call->used + n % call->nodes;
+    int64_t b = n / call->nodes, slot = (op->whole ? 0 : kept->used) + n % call->nodes;
     for (int64_t g = 0; g < G; g++) {
-      int64_t at = op->layer * call->layer_stride + ((b * G + g) * call->capacity + slot) * D;
-      memcpy(call->keys + at, row + (H + g) * D, D * sizeof(float));
-      memcpy(call->values + at, row + (H + G + g) * D, D * sizeof(float));
+      int64_t at = op->layer * kept->layer_stride + ((b * G + g) * kept->capacity + slot) * D;
+      memcpy(kept->keys + at, row + (H + g) * D, D * sizeof(float));
+      memcpy(kept->values + at, row + (H + G + g) * D, D * sizeof(float));
     }
   }
   return rows;
 }
 
-enum { QUERIES = 4, SLOTS = 64 };
+enum { QUERIES = 4, SLOTS = 64, SPREADS = 5 };
 
 /* Weights of the values that one query sees, in place: softmax over count scores. */
 static void soften(float *scores, int64_t count, float factor) {
@@ -509,10 +542,12 @@ GATHER(1, 1)
 static inline void attend_block(const Op *op, const Call *call, int64_t b, int64_t g, int64_t first,
                                 int64_t count, float *scratch) {
   int64_t H = call->heads, G = call->kv_heads, D = call->head_dim, N = call->nodes;
-  int64_t group = H / G, width = (H + 2 * G) * D, past = call->lengths[b];
-  int64_t base = op->layer * call->layer_stride + (b * G + g) * call->capacity * D;
-  int64_t tail = base + call->used * D;
-  const int32_t *live = call->live ? call->live + b * call->used : 0;
+  const Store *kept = call->stores + op->store;
+  const float *keys = kept->keys, *values = kept->values;
+  int64_t group = H / G, width = (H + 2 * G) * D, past = kept->lengths[b];
+  int64_t base = op->layer * kept->layer_stride + (b * G + g) * kept->capacity * D;
+  int64_t tail = base + kept->used * D;
+  const int32_t *live = kept->live ? kept->live + b * kept->used : 0;
   const uint8_t *seen = call->ancestors ? call->ancestors + b * call->ancestor_stride : 0;
   const int64_t *places = call->positions + b * N;
   const float *q[QUERIES];
@@ -520,7 +555,7 @@ static inline void attend_block(const Op *op, const Call *call, int64_t b, int64
   int64_t node[QUERIES], low[QUERIES], total[QUERIES];
   /* slots that are taken in order by the whole block: what is cached and, on a chain, what lies
    * before its first query */
-  int64_t shared = past + (seen || live ? 0 : first / group + 1), lowest = shared;
+  int64_t shared = past + (seen || live || op->whole ? 0 : first / group + 1), lowest = shared;
   int64_t stride = (past + N + 2 * LANES) / LANES * LANES;
   for (int64_t i = 0; i < QUERIES; i++) {
     int64_t at = first + (i < count ? i : 0);
@@ -536,7 +571,7 @@ static inline void attend_block(const Op *op, const Call *call, int64_t b, int64
     lowest = low[i] < lowest ? low[i] : lowest;
     total[i] = shared;
   }
-  int64_t last = node[count - 1];
+  int64_t last = op->whole ? -1 : node[count - 1];
 #define SEES(i, j)                                                              \
   ((j) <= node[i] && (!seen || seen[node[i] * N + (j)]) &&                      \
    (!op->window || places[node[i]] - places[j] < op->window))
@@ -553,14 +588,14 @@ static inline void attend_block(const Op *op, const Call *call, int64_t b, int64
       for (int64_t d = 0; d < D; d += LANES) {
         vf x = load(q[0] + d);
         UNROLL for (int i = 0; i < 4; i++)
-          a[i] = fma_(x, load(call->keys + at[i] + d), a[i]);
+          a[i] = fma_(x, load(keys + at[i] + d), a[i]);
       }
       v4 four = sums(a[0], a[1], a[2], a[3]);
       memcpy(p[0] + t, &four, sizeof four);
     }
   for (; t < shared; t += 2) {
     int64_t next = t + 1 < shared ? t + 1 : t;
-    score(q, call->keys, base + (live ? live[t] : t) * D, base + (live ? live[next] : next) * D, D,
+    score(q, keys, base + (live ? live[t] : t) * D, base + (live ? live[next] : next) * D, D,
           s);
     UNROLL for (int i = 0; i < QUERIES; i++) {
       p[i][t] = s[0][i];
@@ -568,13 +603,24 @@ static inline void attend_block(const Op *op, const Call *call, int64_t b, int64
     }
   }
   for (int64_t j = shared - past; j <= last; j += 2) {
-    score(q, call->keys, tail + j * D, tail + (j < last ? j + 1 : j) * D, D, s);
+    score(q, keys, tail + j * D, tail + (j < last ? j + 1 : j) * D, D, s);
     for (int64_t k = j; k <= last && k < j + 2; k++)
       for (int i = 0; i < QUERIES; i++)
         if (SEES(i, k)) p[i][total[i]++] = s[k - j][i];
   }
+  for (int64_t i = 0; op->biased && i < count; i++) {
+    int64_t head = g * group + (first + i) % group, k = shared - past, u = shared;
+    const float *by = call->buffers[SPREADS] + head * call->span + call->reach - places[node[i]];
+    for (int64_t t = low[i]; t < shared; t++)
+      p[i][t] = p[i][t] * op->factor + by[op->whole && live ? live[t] : t];
+    for (; u < total[i]; k++)
+      if (SEES(i, k)) {
+        p[i][u] = p[i][u] * op->factor + by[places[k]];
+        u++;
+      }
+  }
   for (int64_t i = 0; i < count; i++) {
-    soften(p[i] + low[i], total[i] - low[i], op->factor);
+    soften(p[i] + low[i], total[i] - low[i], op->biased ? 1.0f : op->factor);
     for (int64_t t = lowest; t < low[i]; t++) p[i][t] = 0.0f;
     for (int64_t d = 0; d < D; d += LANES) store(out[i] + d, splat(0.0f));
   }
@@ -584,22 +630,22 @@ static inline void attend_block(const Op *op, const Call *call, int64_t b, int64
     int64_t d = 0;
     if (count == 1) {
       for (; d + 8 * LANES <= D; d += 8 * LANES)
-        gather_1x8(p, out, call->values, base, live, start, end, D, d);
+        gather_1x8(p, out, values, base, live, start, end, D, d);
       for (; d < D; d += LANES)
-        gather_1x1(p, out, call->values, base, live, start, end, D, d);
+        gather_1x1(p, out, values, base, live, start, end, D, d);
     }
     for (; d + 2 * LANES <= D; d += 2 * LANES)
-      gather_4x2(p, out, call->values, base, live, start, end, D, d);
+      gather_4x2(p, out, values, base, live, start, end, D, d);
     for (; d < D; d += LANES)
-      gather_4x1(p, out, call->values, base, live, start, end, D, d);
+      gather_4x1(p, out, values, base, live, start, end, D, d);
   }
   for (int64_t i = 0; i < count; i++) {
     int64_t t = shared;
-    for (int64_t j = shared - past; j <= node[i]; j++) {
+    for (int64_t j = shared - past; j <= node[i] && !op->whole; j++) {
       if (!SEES(i, j)) continue;
       vf weight = splat(p[i][t++]);
       for (int64_t d = 0; d < D; d += LANES)
-        store(out[i] + d, fma_(weight, load(call->values + tail + j * D + d),
+        store(out[i] + d, fma_(weight, load(values + tail + j * D + d),
                                load(out[i] + d)));
     }
   }
@@ -650,6 +696,7 @@ static void run(const Op *ops, int64_t count, const Call *call, int thread) {
       case ROTATE: all = rotate(op, call, pieces); break;
       case ATTEND: all = attend(op, call, pieces, scratch); break;
       case TAP: all = tap(op, call, pieces); break;
+      case SPREAD: all = spread(op, call, pieces); break;
     }
     expected[open++] = all;
     if (op->wait)  /* whoever is early fetches what comes next */
