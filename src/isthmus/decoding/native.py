@@ -54,7 +54,7 @@ class Call(ctypes.Structure):
         ("buffers", ctypes.c_void_p * 8),
         *((name, ctypes.c_void_p) for name in ("taps", "tapped", "scratch")),
         ("scratch_size", ctypes.c_int64),
-        ("pieces", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("pieces", "dealt")),
     )
 
 
@@ -176,6 +176,8 @@ class Kernel:
             self.scratch = torch.empty(threads, size)
             call.threads, call.scratch_size = threads, size
             call.scratch = self.scratch.data_ptr()
+            self.dealt = torch.empty((self.rows + 1) * self.widest)
+            call.dealt = self.dealt.data_ptr()
             call.heads, call.kv_heads = program.heads, program.kv_heads
             call.head_dim = program.head_dim
             call.pieces = self.pieces.data_ptr()
