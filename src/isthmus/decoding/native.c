@@ -157,8 +157,15 @@ static inline vf activate(vf x, int kind) {
     return x / (1.0f + expv(-2.0f * y));  /* (1 + tanh y) / 2 = 1 / (1 + e^-2y) */
   }
   if (kind == GELU) {
-    for (int i = 0; i < LANES; i++) x[i] = 0.5f * x[i] * (1.0f + erff(x[i] * 0.70710678f));
-    return x;
+    const vi sign = (vi){0} + INT32_MIN;  /* erf by Abramowitz and Stegun 7.1.26: 1.5e-7 off at most */
+    vf z = (vf)((vi)x & ~sign) * 0.70710678f, t = 1.0f / (1.0f + 0.3275911f * z);
+    vf p = splat(1.061405429f);
+    p = p * t - 1.453152027f;
+    p = p * t + 1.421413741f;
+    p = p * t - 0.284496736f;
+    p = p * t + 0.254829592f;
+    vf erf = 1.0f - p * t * expv(-z * z);
+    return 0.5f * x * (1.0f + (vf)((vi)erf | ((vi)x & sign)));
   }
   if (kind == RELU) return (vf)((vi)x & (vi)(x > 0.0f));
   return x;
