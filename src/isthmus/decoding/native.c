@@ -901,9 +901,9 @@ void isthmus_forward(const Op *ops, int64_t count, const Call *call) {
 #endif
 }
 
-/* Floats that a thread needs for N nodes over all rows that see `slots` keys. */
+/* Floats that a thread needs for up to N nodes over all rows that see `slots` keys. */
 int64_t isthmus_scratch(int64_t N, int64_t slots, int64_t widest, int64_t head_dim) {
-  int64_t product = 2 * N * CHUNK + (N <= TILE ? N + 1 : 0) * widest;
+  int64_t product = 2 * N * CHUNK + (N < TILE ? N + 1 : TILE) * widest;
   int64_t attention = QUERIES * (slots + 2 * N + 4 * LANES) + (2 * QUERIES + 1) * head_dim;
   return product > attention ? product : attention;
 }
