@@ -59,6 +59,11 @@ bench.command(
     help="The speculative family: one target, the same prompts, greedy and sampled.",
 )
 bench.command(
+    "isthmus.cli.bench:growth",
+    name="growth",
+    help="How the cost of a token grows with the model, what is cached, and the batch.",
+)
+bench.command(
     "isthmus.cli.bench:guide",
     name="guide",
     help="Which drafter fits a model and its texts, measured before it is advised.",

@@ -235,13 +235,13 @@ class SlotCache:
         width = max(counts)
         if self.dense and min(counts) != width:
             self._mark()
-        if width:
+        steps = torch.arange(width, device=self.device)
+        if not bool(((path[:, :width] == steps) | ~kept[:, :width]).all()):
             source = path[:, :width].clamp(min=0) + start
             for arena in self.arenas:
                 arena.move_rows(source, start)
         if not self.dense:
             lengths = torch.tensor(self.lengths, device=self.device)
-            steps = torch.arange(width, device=self.device)
             self.pos[:, start : start + width] = lengths[:, None] + steps
             self.live[:, start : start + width] = kept[:, :width]
         self.lengths = [n + c for n, c in zip(self.lengths, counts, strict=True)]

@@ -412,7 +412,7 @@ class _Loop:
         """Cut each row where it ends, roll the cache back to what stands, write the tokens."""
         context = self.context
         tokens, steps, finals = tree.tokens.tolist(), path.tolist(), final.tolist()
-        drafted = tree.drafted()
+        drafted, ids = tree.drafted(), context.ids.numpy()  # on the CPU: a view
         emitted, accepted, keep, cut = [], [], [], False
         for b, index in enumerate(context.requests):
             request = self.requests[index]
@@ -427,7 +427,7 @@ class _Loop:
             kept = request.stopper.cut(request.result.tokens, new)
             new = new[:kept]
             n = context.lengths[b]
-            context.ids[b, n : n + kept] = torch.tensor(new)
+            ids[b, n : n + kept] = new
             context.lengths[b] = n + kept
             keep.append(kept)  # the root and all but the last of the new tokens
             cut = cut or kept < depth

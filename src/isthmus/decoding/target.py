@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -149,12 +149,7 @@ class HubTarget:
             InvalidInputError: Encoder inputs are missing or not wanted.
             UnsupportedModelError: More rows than ``max_batch``.
         """
-        if self.encoder_decoder != bool(inputs) and not self.takes_images:
-            raise InvalidInputError(
-                f"{type(self.model).__name__} needs encoder inputs"
-                if self.encoder_decoder
-                else f"{type(self.model).__name__} takes no encoder inputs and no images"
-            )
+        self.check_inputs(inputs)
         if self.max_batch is not None and batch > self.max_batch:
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} keeps a recurrent state; decode one row at a time"
@@ -162,6 +157,19 @@ class HubTarget:
         if self.recurrent:
             return RecurrentSession(self)
         return SlotSession(self, batch, self.encode(**inputs) if inputs else {})
+
+    def check_inputs(self, inputs: Mapping[str, Any]) -> None:
+        """Refuse encoder inputs where there is no encoder, and none where there is one.
+
+        Raises:
+            InvalidInputError: They are missing or not wanted.
+        """
+        if self.encoder_decoder != bool(inputs) and not self.takes_images:
+            raise InvalidInputError(
+                f"{type(self.model).__name__} needs encoder inputs"
+                if self.encoder_decoder
+                else f"{type(self.model).__name__} takes no encoder inputs and no images"
+            )
 
     @torch.no_grad()
     def encode(self, **inputs: Any) -> dict[str, Any]:
