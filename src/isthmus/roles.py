@@ -314,6 +314,18 @@ class Reshape(Protocol):
         ...
 
 
+@runtime_checkable
+class Forkable(Protocol):
+    """A reshape, or the side state of a search, that follows hypotheses as they are copied."""
+
+    def fork(self, parents: Sequence[int], requests: Sequence[int]) -> None:
+        """Go on as ``requests``, each from a copy of the state of its parent request.
+
+        A request may be the parent of several or of none; others than those named are let go.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Hypothesis:
     """One complete answer of a search.
@@ -356,14 +368,22 @@ class Search(Protocol):
 
     width: int
 
-    def start(self, rows: int, generator: torch.Generator) -> None:
-        """Begin on B rows, one hypothesis each."""
+    def start(
+        self,
+        rows: int,
+        generator: torch.Generator,
+        *,
+        end_tokens: Sequence[int],
+        max_new_tokens: int,
+    ) -> None:
+        """Begin on B rows, one empty hypothesis each, that end at these tokens or this length."""
         ...
 
     def step(self, logprobs: torch.Tensor) -> Choice | None:
         """Choose among the continuations, log-probabilities [B, W, V]; None when all is done.
 
-        The loop reorders and forks caches and side states after ``Choice.parent``.
+        W is 1 in the first step. :func:`isthmus.decoding.search.search` reorders and forks caches
+        and the states of reshapes after ``Choice.parent``.
         """
         ...
 

@@ -17,7 +17,7 @@ from transformers.generation import logits_process as lp
 
 from isthmus.decoding.tree import TokenTree, chain_topology
 from isthmus.errors import InvalidInputError
-from isthmus.roles import Context, Reshape, Taps, Target
+from isthmus.roles import Context, Forkable, Reshape, Taps, Target
 
 ROW_WISE = (
     lp.TemperatureLogitsWarper,
@@ -122,6 +122,20 @@ class Law:
         """Let the reshapes forget requests that have left."""
         for reshape in self.reshapes:
             reshape.forget(requests)
+
+    def fork(self, parents: Sequence[int], requests: Sequence[int]) -> None:
+        """Let the reshapes follow hypotheses that are copied; see :class:`isthmus.roles.Forkable`.
+
+        Raises:
+            InvalidInputError: A reshape cannot.
+        """
+        for reshape in self.reshapes:
+            if not isinstance(reshape, Forkable):
+                raise InvalidInputError(
+                    f"{type(reshape).__name__} cannot follow the hypotheses of a search; use it "
+                    "with greedy decoding or sampling"
+                )
+            reshape.fork(parents, requests)
 
     @property
     def plain(self) -> bool:

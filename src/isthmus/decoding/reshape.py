@@ -1,8 +1,9 @@
-"""Reshapes that keep a state along the path: a constraint, counts of n-grams, a running threshold.
+"""Bases of reshapes: one for those that keep nothing, one for those with a state along the path.
 
-The state of a request follows its committed tokens; on a draft, every node has the state of its
-parent moved on by its own token. States are values: moving on makes a new one, so that branches of
-a tree share what they have in common.
+Along the path stand a constraint, counts of n-grams, a running threshold. The state of a request
+follows its committed tokens; on a draft, every node has the state of its parent moved on by its
+own token. States are values: moving on makes a new one, so that branches of a tree share what they
+have in common.
 """
 
 from __future__ import annotations
@@ -17,6 +18,34 @@ from isthmus.decoding.tree import TokenTree
 from isthmus.roles import Context, Stage, Taps, Target
 
 State = TypeVar("State")
+
+
+class Pure(ABC):
+    """A reshape that keeps nothing: the law at a node follows from what this one call shows.
+
+    Attributes:
+        stage: When it has its turn.
+        taps: Inner states of the target that it reads.
+    """
+
+    stage: Stage = "combine"
+    taps = Taps()
+
+    def begin(self, context: Context, target: Target, **inputs: Any) -> None:
+        """Nothing to start."""
+        del context, target, inputs
+
+    def forget(self, requests: Sequence[int]) -> None:
+        """Nothing to let go of."""
+        del requests
+
+    def fork(self, parents: Sequence[int], requests: Sequence[int]) -> None:
+        """Nothing to copy."""
+        del parents, requests
+
+    @abstractmethod
+    def __call__(self, logits: torch.Tensor, tree: TokenTree, context: Context) -> torch.Tensor:
+        """New logits [B, N, V]; see :class:`isthmus.roles.Reshape`."""
 
 
 class Walk(ABC, Generic[State]):
@@ -59,6 +88,10 @@ class Walk(ABC, Generic[State]):
         """Let go of requests that have left."""
         for request in requests:
             self._states.pop(request, None)
+
+    def fork(self, parents: Sequence[int], requests: Sequence[int]) -> None:
+        """Follow hypotheses that are copied: states are values, so copies may share them."""
+        self._states = {r: self._states[p] for r, p in zip(requests, parents, strict=True)}
 
     def at_root(self, context: Context, row: int) -> State:
         """State of a row after its committed tokens."""
