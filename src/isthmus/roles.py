@@ -263,10 +263,17 @@ class Law(Protocol):
     Attributes:
         greedy: Whether the likeliest token is taken.
         taps: Inner states of the target that its reshapes read.
+        drafting: The law for a drafter's own logits: this one without the reshapes that combine
+            models, read the target's inner states or keep what the target has said.
     """
 
     greedy: bool
     taps: Taps
+
+    @property
+    def drafting(self) -> Law:
+        """See above."""
+        ...
 
     def begin(self, context: Context, target: Target, **inputs: Any) -> None:
         """Start on new rows."""
@@ -296,6 +303,9 @@ class Reshape(Protocol):
     Attributes:
         stage: When it has its turn.
         taps: Inner states of the target that it reads, in ``context.features``.
+
+    One that keeps what the target has said, and so must not hear a drafter's logits, says so by
+    ``hears = True``.
     """
 
     stage: Stage

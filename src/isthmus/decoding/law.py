@@ -9,6 +9,7 @@ them by their stage. A decoder is lossless with respect to this processed law.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -109,6 +110,7 @@ class Law:
                     "several draft tokens at once; decode with transformers instead"
                 )
         self.processors = chain
+        self._drafting: Law | None = None
 
     def _at(self, stage: str) -> list[Any]:
         return [reshape for reshape in self.reshapes if reshape.stage == stage]
@@ -136,6 +138,24 @@ class Law:
                     "with greedy decoding or sampling"
                 )
             reshape.fork(parents, requests)
+
+    @property
+    def drafting(self) -> Law:
+        """This law without the reshapes that draft tokens cannot go through.
+
+        Those combine models, read the target's inner states, or keep what the target has said. A
+        draft may be drawn from any law, so that nothing is lost by leaving them out.
+        """
+        if self._drafting is None:
+            kept = [reshape for reshape in self.reshapes if for_drafts(reshape)]
+            self._drafting = self
+            if len(kept) < len(self.reshapes):
+                left_out = [r for r in self.reshapes if not for_drafts(r)]
+                small = self._drafting = copy.copy(self)
+                small.reshapes, small.taps = tuple(kept), Taps()
+                small.processors = [p for p in self.processors if p not in left_out]
+                small._drafting = small
+        return self._drafting
 
     @property
     def plain(self) -> bool:
@@ -182,6 +202,11 @@ class Law:
     def probs(self, logits: torch.Tensor, tree: TokenTree, context: Context) -> torch.Tensor:
         """Probabilities [B, N, V], exact zeros for banned tokens."""
         return torch.softmax(self.logits(logits, tree, context), -1)
+
+
+def for_drafts(reshape: Reshape) -> bool:
+    """Whether a drafter's own logits can go through a reshape."""
+    return not (reshape.taps or reshape.stage == "combine" or getattr(reshape, "hears", False))
 
 
 class StableTopP(lp.TopPLogitsWarper):
@@ -231,7 +256,7 @@ def chain_logits(logits: torch.Tensor, context: Context, drafted: torch.Tensor) 
     tokens = torch.cat([context.roots().to(drafted.device)[:, None], drafted], 1)
     tree = TokenTree(tokens, chain_topology(tokens.shape[1]))
     full = logits[:, None].expand(-1, tokens.shape[1], -1)
-    return context.law.logits(full, tree, context)[:, -1]
+    return context.law.drafting.logits(full, tree, context)[:, -1]
 
 
 def draw_next(
