@@ -297,6 +297,15 @@ class HubTarget:
         out: torch.Tensor = self.model.get_output_embeddings()(hidden)
         return out
 
+    @property
+    def final_norm(self) -> Any:
+        """The decoder's norm between its last layer and the head, or None where there is none."""
+        decoder = self.model.get_decoder()
+        names = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
+        return next(
+            (n for n in (getattr(decoder, name, None) for name in names) if n is not None), None
+        )
+
     @contextmanager
     def _placed(self, positions: torch.Tensor | None) -> Iterator[None]:
         """Give a decoder with a position table the true positions for one call."""
