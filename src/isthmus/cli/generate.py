@@ -30,6 +30,8 @@ def generate(
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
     stop: tuple[str, ...] = (),
+    strategy: str = "",
+    set: tuple[str, ...] = (),
     seed: int | None = None,
     dtype: str = "auto",
     device: str = "auto",
@@ -70,6 +72,8 @@ def generate(
         min_p: Leave out tokens below this share of the most likely one.
         repetition_penalty: Above 1 makes repeated tokens less likely.
         stop: Strings that end the text; may be given several times.
+        strategy: How tokens are chosen: contrastive-search, beam, top-p ...; help lists them.
+        set: A setting of the strategy as key=value; may be given several times.
         seed: Seed of the sampling.
         dtype: auto, float32, bfloat16, float16 or float64; int8 rounds the weights, which changes
             the model a little.
@@ -95,6 +99,12 @@ def generate(
         "stop": list(stop),
         "seed": seed,
     }
+    if strategy == "help":
+        from isthmus.cli.strategies import strategies
+
+        strategies()
+        return 0
+    options |= _strategy(strategy, set)
     places: dict[str, Any] = {
         "dtype": dtype,
         "device": device,
@@ -155,6 +165,24 @@ def generate(
     law = "" if result.lossless else ", lossless: no (the text may differ from plain decoding)"
     print(f"[{result.drafter}] {result.stats.line()}{law}", file=sys.stderr)
     return code
+
+
+def _strategy(name: str, settings: tuple[str, ...]) -> dict[str, Any]:
+    """The strategy's name and its settings, once they are known to be right."""
+    if settings and not name:
+        raise InvalidInputError("--set goes with --strategy; `isthmus strategies` lists them")
+    if not name:
+        return {}
+    given = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise InvalidInputError(f"--set takes key=value, got {setting!r}")
+        given[key.strip().replace("-", "_")] = value.strip()
+    from isthmus.decoding.strategies import make
+
+    make(name, given)
+    return {"strategy": name, **given}
 
 
 def _prompt(prompt: str, file: Path | None) -> str:

@@ -27,6 +27,11 @@ app.command(
     name="generate",
     help="Write text with a model, faster than plain decoding and with the same output.",
 )
+app.command(
+    "isthmus.cli.strategies:strategies",
+    name="strategies",
+    help="List the decoding strategies, their settings, and whether drafts go with them.",
+)
 app.command("isthmus.cli.train:train", name="train", help="Train a drafter for a model of yours.")
 app.command(
     "isthmus.cli.train:export",

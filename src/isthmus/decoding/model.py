@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +23,9 @@ from isthmus.decoding.fast import FastTarget, best_target
 from isthmus.decoding.generation import Generation
 from isthmus.decoding.law import Law
 from isthmus.decoding.policy import Auto, Fixed
+from isthmus.decoding.search import search
 from isthmus.decoding.stopping import Detokenizer, Stopper
+from isthmus.decoding.strategies import Pieces, Strategy, choose, law_options
 from isthmus.decoding.target import HubTarget
 from isthmus.decoding.trained import read_config
 from isthmus.errors import InvalidInputError, UnknownNameError
@@ -102,6 +106,7 @@ class Model:
         trace: bool = False,
         ignore_end: bool = False,
         inputs: dict[str, Any] | None = None,
+        strategy: str | Strategy | None = None,
         **sampling: Any,
     ) -> Any:
         """Decode one prompt or a batch.
@@ -123,6 +128,8 @@ class Model:
                 ``prompt`` (for example ``input_features``); then ``prompt`` holds the decoder's
                 start tokens and may be empty. For models that read images, what stands for the
                 image placeholders of the prompt (``pixel_values``).
+            strategy: A decoding strategy, by name (see :mod:`isthmus.decoding.strategies`) or
+                made already; its settings are then given like ``sampling``.
             sampling: ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty``,
                 ``processors``; see :class:`isthmus.decoding.law.Law`.
 
@@ -133,6 +140,20 @@ class Model:
             IsthmusError: Bad input; the message says what to do.
         """
         many = isinstance(prompt, (list, tuple)) and not _is_ids(prompt)
+        if strategy is not None:
+            pieces, sampling = self._strategy(strategy, drafter, law, sampling)
+            if pieces.search is not None:
+                _no("a search", stop=stop, acceptance=acceptance, num_draft_tokens=num_draft_tokens)
+                found = self._search(
+                    list(prompt) if many else [prompt],
+                    pieces,
+                    max_new_tokens=max_new_tokens,
+                    seed=seed,
+                    ignore_end=ignore_end,
+                    inputs=inputs,
+                    law=Law(**sampling),
+                )
+                return found if many else found[0]
         strategy_type = own_loop(drafter)
         if strategy_type is not None:
             asked = {
@@ -206,6 +227,7 @@ class Model:
         stop: Sequence[str] = (),
         seed: int | None = None,
         ignore_end: bool = False,
+        strategy: str | Strategy | None = None,
         **sampling: Any,
     ) -> Iterator[tuple[int, Generation]]:
         """Decode any number of prompts with continuous batching: a place is never left empty.
@@ -225,6 +247,7 @@ class Model:
             stop: Strings that end an answer.
             seed: Seed of the prompts without one of their own; each has its own noise.
             ignore_end: Do not stop at end tokens, for measurements.
+            strategy: As for :meth:`generate`.
             sampling: As for :meth:`generate`.
 
         Yields:
@@ -239,7 +262,13 @@ class Model:
             raise InvalidInputError(f"batch_size must be at least 1, got {batch_size}")
         asked = (p if isinstance(p, Prompt) else Prompt(p) for p in prompts)
         name = drafter if isinstance(drafter, str) else "custom"
-        if own_loop(drafter) is not None:
+        searches = False
+        if strategy is not None:
+            pieces, options = self._strategy(strategy, drafter, None, sampling)
+            searches = pieces.search is not None
+            if not searches:
+                sampling, strategy = options, None
+        if searches or own_loop(drafter) is not None:
             for number, one in enumerate(asked):
                 yield (
                     number,
@@ -250,6 +279,7 @@ class Model:
                         num_draft_tokens=num_draft_tokens,
                         stop=stop,
                         seed=seed if one.seed is None else one.seed,
+                        strategy=strategy,
                         **sampling,
                     ),
                 )
@@ -312,7 +342,18 @@ class Model:
             New text, never taken back. The generator's return value is the
             :class:`~isthmus.decoding.generation.Generation`.
         """
-        if own_loop(options.get("drafter", "auto")) is not None:
+        whole = own_loop(options.get("drafter", "auto")) is not None
+        strategy = options.get("strategy")
+        if strategy is not None and not whole:
+            known = inspect.signature(self._job).parameters
+            given = {k: v for k, v in options.items() if k not in known and k != "strategy"}
+            pieces, sampling = self._strategy(
+                strategy, options.get("drafter", "auto"), options.get("law"), given
+            )
+            whole = pieces.search is not None
+            if not whole:
+                options = {**{k: v for k, v in options.items() if k in known}, **sampling}
+        if whole:
             self.last = self.generate(prompt, **options)
             yield self.last.text
             return self.last
@@ -444,6 +485,65 @@ class Model:
             )
         return ids.cpu()
 
+    def _strategy(
+        self,
+        strategy: str | Strategy,
+        drafter: str | Policy,
+        law: Law | None,
+        sampling: dict[str, Any],
+    ) -> tuple[Pieces, dict[str, Any]]:
+        """Parts of a strategy, and the options of their law."""
+        if law is not None:
+            raise InvalidInputError("give a strategy or a complete law, not both")
+        chosen, rest = choose(strategy, sampling, {**NEUTRAL, "temperature": 0.0})
+        if chosen.alone and drafter not in ("auto", "none"):
+            raise InvalidInputError(
+                f"{chosen.name} takes no drafts: {chosen.alone}; leave the drafter out"
+            )
+        pieces = chosen.pieces(self)
+        return pieces, law_options(pieces, rest)
+
+    def _search(
+        self,
+        prompts: list[Any],
+        pieces: Pieces,
+        *,
+        max_new_tokens: int,
+        seed: int | None,
+        ignore_end: bool,
+        inputs: dict[str, Any] | None,
+        law: Law,
+    ) -> list[Generation]:
+        """Best hypothesis of each prompt, the others beside it."""
+        starts, inputs = self._sources(prompts, inputs)
+        requests = [self._request(s, max_new_tokens, "none", (), ignore_end) for s in starts]
+        for request in requests:
+            check_prompt(request, self.target.max_length)
+        assert pieces.search is not None
+        clock = time.perf_counter()
+        found = search(
+            self.target,
+            starts,
+            pieces.search,
+            max_new_tokens=min(r.stopper.max_new_tokens for r in requests),
+            end_tokens=sorted(requests[0].stopper.end_tokens),
+            law=law,
+            generator=self._generator(seed),
+            inputs=inputs,
+            renormalize=pieces.renormalize,
+        )
+        for request, hypotheses in zip(requests, found, strict=True):
+            result, best = request.result, hypotheses[0]
+            result.prompt_tokens = len(request.prompt)
+            result.tokens, result.hypotheses = list(best.tokens), hypotheses
+            ended = best.tokens[-1] in request.stopper.end_tokens
+            result.finish_reason = "stop" if ended else "length"
+            result.stats.new_tokens = len(best.tokens)
+            result.stats.target_forwards = max(len(h.tokens) for h in hypotheses)
+            result.stats.seconds = time.perf_counter() - clock
+            self._finish(request)
+        return [request.result for request in requests]
+
     def _job(
         self,
         prompts: list[Any],
@@ -542,6 +642,13 @@ class Model:
             result.text = request.stopper.text
         elif self.tokenizer is not None:
             result.text = self.tokenizer.decode(result.tokens, skip_special_tokens=True)
+
+
+def _no(who: str, **options: Any) -> None:
+    """Refuse options that do not go with something."""
+    given = [name for name, value in options.items() if value]
+    if given:
+        raise InvalidInputError(f"{who} takes no {', '.join(given)}")
 
 
 def pop_all(items: list[Any]) -> Iterator[Any]:
