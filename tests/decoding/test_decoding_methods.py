@@ -91,19 +91,22 @@ def test_advice():
 
 
 @pytest.fixture(scope="module")
-def writer():
-    """The dates model before it has learned anything."""
+def claims():
+    """The claim made small, with methods on and off; the dates model has learned nothing yet."""
     recipe = RECIPES["dates-s"]
     course = DatesCourse(recipe)
     model = course.build().eval()
     model.generation_config = course.generation()
-    return Model(model, course.tokenizer)
+    writer, coder = Model(model, course.tokenizer), reference_model("pycode-t", "pycode-t")
+    some = ("greedy", "beam", "sample", "fsd", "contrastive-search", "top-p")
+    return [
+        examine(DecodingMethods(Settings(some, steer=on)), writer, coder, Ruler(), "test")
+        for on in (True, False)
+    ]
 
 
-def test_the_claim_fails_when_methods_do_nothing(writer):
-    coder = reference_model("pycode-t", "pycode-t")
-    study = DecodingMethods(Settings(steer=False))
-    off = examine(study, writer, coder, Ruler(), "test")
+def test_the_claim_fails_when_methods_do_nothing(claims):
+    off = claims[1]
     assert off.status is Status.NOT_REPRODUCED
     missed = {gate.name for gate in off.gates if not gate.passed}
     assert {"rep-4, fsd over greedy", "rep-4, top-p over greedy"} <= missed
@@ -111,13 +114,11 @@ def test_the_claim_fails_when_methods_do_nothing(writer):
     assert len(repeats) == 3 and all(row.ours == row.off == row.baseline for row in repeats)
 
 
-def test_the_claim_tells_methods_apart(writer):
-    coder = reference_model("pycode-t", "pycode-t")
-    some = ("greedy", "beam", "sample", "fsd", "contrastive-search", "top-p")
-    on = examine(DecodingMethods(Settings(some)), writer, coder, Ruler(), "test")
+def test_the_claim_tells_methods_apart(claims):
+    on = claims[0]
     rows = {row.metric: row for row in on.rows}
     assert rows["rep-4 of continued Python, greedy"].off is None
     for method in ("fsd", "contrastive-search", "top-p"):
         row = rows[f"rep-4 of continued Python, {method}"]
-        assert row.off == row.baseline
+        assert row.ours < row.off == row.baseline
     assert {gate.name for gate in on.gates} >= {"time, beam over greedy", "dates, greedy"}

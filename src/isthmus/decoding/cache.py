@@ -88,11 +88,15 @@ class Arena:
             )
             buffer[:, :, :, start:end] = buffer.gather(3, index)
 
-    def select(self, rows: torch.Tensor) -> Arena:
-        """A copy that holds the given rows [R]."""
+    def select(self, rows: Sequence[int], used: int) -> Arena:
+        """A copy that holds the first ``used`` slots of the given rows, and as much room."""
         twin = object.__new__(Arena)
-        twin.keys = self.keys.index_select(1, rows)
-        twin.values = self.values.index_select(1, rows)
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_empty(old.shape[0], len(rows), *old.shape[2:])
+            for place, row in enumerate(rows):  # an index would copy the empty slots too
+                new[:, place, :, :used] = old[:, row, :, :used]
+            setattr(twin, name, new)
         return twin
 
     def join(self, other: Arena, used: tuple[int, int]) -> Arena:
@@ -295,7 +299,7 @@ class SlotCache:
     def select(self, rows: Sequence[int]) -> SlotCache:
         """A copy that holds the given rows."""
         index = torch.tensor(list(rows), device=self.pos.device)
-        twin = self._twin([arena.select(index) for arena in self.arenas])
+        twin = self._twin([arena.select(rows, self.used) for arena in self.arenas])
         twin.used, twin.dense = self.used, self.dense
         twin.lengths = [self.lengths[r] for r in rows]
         twin.pos, twin.live = self.pos.index_select(0, index), self.live.index_select(0, index)

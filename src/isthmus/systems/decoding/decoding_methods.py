@@ -267,13 +267,13 @@ def examine(
         )
     }
 
-    count, tokens = (24, 128) if small else (2, 64)
+    count, tokens = (24, 128) if small else (2, 48)
     prompts, people = continued(coder, count, tokens)
 
     def near(answers: Answers) -> float:
         return 1.0 - divergence(answers, people, 2)
 
-    options: dict[str, Any] = {"max_new_tokens": tokens}
+    options: dict[str, Any] = {"max_new_tokens": tokens, "batch": 12}
     grids = {m: grid if small else grid[:1] for m, grid in GRIDS.items()}
     opened = {f.method: f for f in study.compare(coder, prompts, near, grids=grids, **options)}
     still = {
@@ -283,7 +283,8 @@ def examine(
 
     def timed(method: str) -> Callable[[], Any]:
         few, strategy = prompts[:8], study.strategy(method)
-        return lambda: study.answers(coder, few, strategy, max_new_tokens=tokens // 2)
+        new = tokens // 2 if small else 4
+        return lambda: study.answers(coder, few, strategy, max_new_tokens=new)
 
     clocks = ruler.compare({m: timed(m) for m in TIMED}, repeats=3 if small else 1)
     cost: dict[str, Ratio] = {m: ratio(clocks[m], clocks["greedy"]) for m in TIMED}
