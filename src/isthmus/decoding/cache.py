@@ -99,6 +99,13 @@ class Arena:
             setattr(twin, name, new)
         return twin
 
+    def reorder(self, rows: Sequence[int], used: int) -> None:
+        """Give every row the slots of another, in place; rows that stay are not touched."""
+        moved = [(place, row) for place, row in enumerate(rows) if place != row]
+        to, source = torch.tensor(moved, device=self.keys.device).unbind(1)
+        for buffer in (self.keys, self.values):
+            buffer[:, to, :, :used] = buffer[:, source, :, :used]
+
     def join(self, other: Arena, used: tuple[int, int]) -> Arena:
         """A copy that holds the rows of both, of which the given numbers of slots are in use."""
         twin = object.__new__(Arena)
@@ -305,6 +312,17 @@ class SlotCache:
         twin.pos, twin.live = self.pos.index_select(0, index), self.live.index_select(0, index)
         twin.compact()
         return twin
+
+    def reorder(self, rows: Sequence[int]) -> None:
+        """Let row b go on as a copy of ``rows[b]``, in place; as many rows as there are."""
+        if list(rows) == list(range(self.batch)):
+            return
+        for arena in self.arenas:
+            arena.reorder(rows, self.used)
+        self.lengths = [self.lengths[r] for r in rows]
+        if not self.dense:
+            index = torch.tensor(list(rows), device=self.pos.device)
+            self.pos, self.live = self.pos[index], self.live[index]
 
     def join(self, other: SlotCache) -> SlotCache:
         """A copy that holds the rows of both, this one's first.

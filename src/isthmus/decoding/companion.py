@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from isthmus.decoding.target import followed
 from isthmus.decoding.tree import TokenTree
 from isthmus.errors import MismatchError
 from isthmus.roles import Context, Scores, Session, Stage, Taps, Target
@@ -122,7 +123,7 @@ class Companion:
             return
         self._keep([0] * len(self._requests), None)
         assert self._session is not None
-        self._session = self._session.fork(rows) if rows else None
+        self._session = followed(self._session, rows) if rows else None
         for name in ("_requests", "_ahead", "_lengths", "_last"):
             old = getattr(self, name)
             setattr(self, name, [old[b] for b in rows])

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from isthmus.decoding.law import Law
+from isthmus.decoding.target import followed
 from isthmus.decoding.tree import TokenTree
 from isthmus.errors import InvalidInputError, UnsupportedModelError
 from isthmus.roles import Context, Hypothesis, Search, Session, Target
@@ -117,8 +118,7 @@ def _follow(context: Context, session: Session, rows: list[int], width: int) -> 
     parents = [context.requests[r] for r in rows]
     count = len(rows) // width
     requests = [b * width + w for b in range(count) for w in range(width)]
-    if rows != list(range(context.batch)):
-        session = session.fork(rows)
+    session = followed(session, rows)
     if isinstance(context.law, Law):
         context.law.fork(parents, requests)
     context.session, context.requests = session, requests

@@ -40,8 +40,8 @@ GRIDS: dict[str, tuple[dict[str, Any], ...]] = {
     "typical": ({}, {"typical": 0.9}, {"typical": 0.2}),
     "eta": ({}, {"eta": 0.004}, {"eta": 0.0009}),
     "mirostat": ({}, {"tau": 2.5}, {"tau": 4.0}),
-    "beam": ({}, {"beams": 8}),
-    "diverse-beam": ({}, {"beams": 8, "groups": 4}),
+    "beam": ({}, {"beams": 2}),
+    "diverse-beam": ({}, {"groups": 4}),
     "contrastive-search": ({}, {"alpha": 0.4}, {"alpha": 0.2}),
     "contrastive-decoding": ({}, {"beta": 0.3}, {"beta": 1.0}),
     "dola": ({}, {"layers": "low"}),
@@ -229,7 +229,7 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
 
     Args:
         ruler: The clock.
-        scale: ``"small"`` is 400 dates and 24 texts of 128 tokens; ``"test"`` is far smaller.
+        scale: ``"small"`` is 400 dates and 16 texts of 128 tokens; ``"test"`` is far smaller.
     """
     writer, coder = reference_model("dates-s"), reference_model("pycode-t", "pycode-s")
     return examine(DecodingMethods(), writer, coder, ruler, scale)
@@ -267,13 +267,13 @@ def examine(
         )
     }
 
-    count, tokens = (24, 128) if small else (2, 48)
+    count, tokens = (16, 128) if small else (2, 48)
     prompts, people = continued(coder, count, tokens)
 
     def near(answers: Answers) -> float:
         return 1.0 - divergence(answers, people, 2)
 
-    options: dict[str, Any] = {"max_new_tokens": tokens, "batch": 12}
+    options: dict[str, Any] = {"max_new_tokens": tokens, "batch": 16}
     grids = {m: grid if small else grid[:1] for m, grid in GRIDS.items()}
     opened = {f.method: f for f in study.compare(coder, prompts, near, grids=grids, **options)}
     still = {
