@@ -94,6 +94,18 @@ def test_drafts_do_not_change_what_is_chosen(name, drafter):
                     assert total % 2 == 0
 
 
+@pytest.mark.parametrize("network", ["Bart", "Gemma3"])
+@pytest.mark.parametrize("name", CHOSEN)
+def test_drafts_change_nothing_on_other_kinds_of_models(name, network):
+    """An encoder-decoder, and a model with a sliding window."""
+    model, prompts = tiny.facade(network), [torch.tensor(p) for p in PROMPTS]
+    options = {"max_new_tokens": 8, "strategy": name, "ignore_end": True}
+    plain = model.generate(prompts, drafter="none", **options)
+    assert tokens(plain) == tokens(model.generate(prompts, drafter="prompt-lookup", **options))
+    alone = [model.generate(p, drafter="none", **options).tokens for p in prompts]
+    assert tokens(plain) == alone
+
+
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
