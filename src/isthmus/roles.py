@@ -262,6 +262,8 @@ class Law(Protocol):
 
     Attributes:
         taps: Inner states of the target that its reshapes read.
+        drafting: The law for a drafter's own logits: this one without the reshapes that combine
+            models, read the target's inner states or keep what the target has said.
     """
 
     taps: Taps
@@ -269,6 +271,11 @@ class Law(Protocol):
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token is taken."""
+        ...
+
+    @property
+    def drafting(self) -> Law:
+        """See above."""
         ...
 
     def begin(self, context: Context, target: Target, **inputs: Any) -> None:
@@ -299,6 +306,9 @@ class Reshape(Protocol):
     Attributes:
         stage: When it has its turn.
         taps: Inner states of the target that it reads, in ``context.features``.
+
+    One that keeps what the target has said, and so must not hear a drafter's logits, says so by
+    ``hears = True``.
     """
 
     stage: Stage
@@ -361,6 +371,18 @@ class Constraint(Protocol):
         ...
 
 
+@runtime_checkable
+class Forkable(Protocol):
+    """A reshape, or the side state of a search, that follows hypotheses as they are copied."""
+
+    def fork(self, parents: Sequence[int], requests: Sequence[int]) -> None:
+        """Go on as ``requests``, each from a copy of the state of its parent request.
+
+        A request may be the parent of several or of none; others than those named are let go.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Hypothesis:
     """One complete answer of a search.
@@ -403,14 +425,22 @@ class Search(Protocol):
 
     width: int
 
-    def start(self, rows: int, generator: torch.Generator) -> None:
-        """Begin on B rows, one hypothesis each."""
+    def start(
+        self,
+        rows: int,
+        generator: torch.Generator,
+        *,
+        end_tokens: Sequence[int],
+        max_new_tokens: int,
+    ) -> None:
+        """Begin on B rows, one empty hypothesis each, that end at these tokens or this length."""
         ...
 
     def step(self, logprobs: torch.Tensor) -> Choice | None:
         """Choose among the continuations, log-probabilities [B, W, V]; None when all is done.
 
-        The loop reorders and forks caches and side states after ``Choice.parent``.
+        W is 1 in the first step. :func:`isthmus.decoding.search.search` reorders and forks caches
+        and the states of reshapes after ``Choice.parent``.
         """
         ...
 

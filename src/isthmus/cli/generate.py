@@ -35,6 +35,8 @@ def generate(
     grammar: Annotated[Path | None, Parameter(allow_leading_hyphen=True)] = None,
     choice: Annotated[tuple[str, ...], Parameter(allow_leading_hyphen=True)] = (),
     lenient: bool = False,
+    strategy: str = "",
+    set: tuple[str, ...] = (),
     seed: int | None = None,
     dtype: str = "auto",
     device: str = "auto",
@@ -81,6 +83,8 @@ def generate(
         choice: The text has to be one of these; give the option once for each.
         lenient: Hold what can be held of a JSON Schema that cannot be held exactly, and say
             whether the answer validates.
+        strategy: How tokens are chosen: contrastive-search, beam, top-p ...; help lists them.
+        set: A setting of the strategy as key=value; may be given several times.
         seed: Seed of the sampling.
         dtype: auto, float32, bfloat16, float16 or float64; int8 rounds the weights, which changes
             the model a little.
@@ -109,6 +113,12 @@ def generate(
     constraint = _constraint(json_schema, regex, grammar, choice, lenient)
     if constraint is not None:
         options["constraint"] = constraint
+    if strategy == "help":
+        from isthmus.cli.strategies import strategies
+
+        strategies()
+        return 0
+    options |= _strategy(strategy, set)
     places: dict[str, Any] = {
         "dtype": dtype,
         "device": device,
@@ -189,6 +199,24 @@ def _constraint(
     if pattern:
         return kinds.regex(pattern)
     return kinds.choice(choice) if choice else kinds.grammar(Path(str(grammar)))
+
+
+def _strategy(name: str, settings: tuple[str, ...]) -> dict[str, Any]:
+    """The strategy's name and its settings, once they are known to be right."""
+    if settings and not name:
+        raise InvalidInputError("--set goes with --strategy; `isthmus strategies` lists them")
+    if not name:
+        return {}
+    given = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise InvalidInputError(f"--set takes key=value, got {setting!r}")
+        given[key.strip().replace("-", "_")] = value.strip()
+    from isthmus.decoding.strategies import make
+
+    make(name, given)
+    return {"strategy": name, **given}
 
 
 def _prompt(prompt: str, file: Path | None) -> str:

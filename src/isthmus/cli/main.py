@@ -32,6 +32,11 @@ app.command(
     name="serve",
     help="Serve a model over HTTP, with the interface that OpenAI's clients speak.",
 )
+app.command(
+    "isthmus.cli.strategies:strategies",
+    name="strategies",
+    help="List the decoding strategies, their settings, and whether drafts go with them.",
+)
 app.command("isthmus.cli.train:train", name="train", help="Train a drafter for a model of yours.")
 app.command(
     "isthmus.cli.train:export",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +26,9 @@ from isthmus.decoding.fast import FastTarget, best_target
 from isthmus.decoding.generation import Generation
 from isthmus.decoding.law import Law
 from isthmus.decoding.policy import Auto, Fixed
+from isthmus.decoding.search import search
 from isthmus.decoding.stopping import Detokenizer, Stopper
+from isthmus.decoding.strategies import Pieces, Strategy, choose, law_options
 from isthmus.decoding.target import HubTarget
 from isthmus.decoding.trained import read_config
 from isthmus.errors import InvalidInputError, UnknownNameError
@@ -112,6 +116,7 @@ class Model:
         ignore_end: bool = False,
         inputs: dict[str, Any] | None = None,
         constraint: Wanted | None = None,
+        strategy: str | Strategy | None = None,
         **sampling: Any,
     ) -> Any:
         """Decode one prompt or a batch.
@@ -137,6 +142,8 @@ class Model:
                 image placeholders of the prompt (``pixel_values``).
             constraint: What every answer has to be: a JSON Schema, or what one of the functions of
                 :mod:`isthmus.decoding.constraint` returns.
+            strategy: A decoding strategy, by name (see :mod:`isthmus.decoding.strategies`) or
+                made already; its settings are then given like ``sampling``.
             sampling: ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty``,
                 ``processors``; see :class:`isthmus.decoding.law.Law`.
 
@@ -147,6 +154,24 @@ class Model:
             IsthmusError: Bad input; the message says what to do.
         """
         many = isinstance(prompt, (list, tuple)) and not _is_ids(prompt)
+        if strategy is not None:
+            pieces, sampling = self._strategy(strategy, drafter, law, sampling)
+            if pieces.search is not None:
+                _no("a search", stop=stop, acceptance=acceptance, num_draft_tokens=num_draft_tokens)
+                searched = Law(**sampling)
+                if constraint is not None:
+                    grammar = self.compile(constraint, ignore_end=ignore_end)
+                    searched = constrained_law(Constrained(grammar), sampling)
+                found = self._search(
+                    list(prompt) if many else [prompt],
+                    pieces,
+                    max_new_tokens=max_new_tokens,
+                    seed=seed,
+                    ignore_end=ignore_end,
+                    inputs=inputs,
+                    law=searched,
+                )
+                return found if many else found[0]
         strategy_type = own_loop(drafter)
         if strategy_type is not None:
             asked = {
@@ -223,6 +248,7 @@ class Model:
         seed: int | None = None,
         ignore_end: bool = False,
         constraint: Wanted | None = None,
+        strategy: str | Strategy | None = None,
         **sampling: Any,
     ) -> Iterator[tuple[int, Generation]]:
         """Decode any number of prompts with continuous batching: a place is never left empty.
@@ -243,6 +269,7 @@ class Model:
             seed: Seed of the prompts without one of their own; each has its own noise.
             ignore_end: Do not stop at end tokens, for measurements.
             constraint: Constraint of prompts without one of their own.
+            strategy: As for :meth:`generate`.
             sampling: As for :meth:`generate`.
 
         Yields:
@@ -257,7 +284,13 @@ class Model:
             raise InvalidInputError(f"batch_size must be at least 1, got {batch_size}")
         asked = (p if isinstance(p, Prompt) else Prompt(p) for p in prompts)
         name = drafter if isinstance(drafter, str) else "custom"
-        if own_loop(drafter) is not None:
+        searches = False
+        if strategy is not None:
+            pieces, options = self._strategy(strategy, drafter, None, sampling)
+            searches = pieces.search is not None
+            if not searches:
+                sampling, strategy = options, None
+        if searches or own_loop(drafter) is not None:
             for number, one in enumerate(asked):
                 yield (
                     number,
@@ -269,6 +302,7 @@ class Model:
                         stop=stop,
                         seed=seed if one.seed is None else one.seed,
                         constraint=one.constraint or constraint,
+                        strategy=strategy,
                         **sampling,
                     ),
                 )
@@ -344,7 +378,18 @@ class Model:
             New text, never taken back. The generator's return value is the
             :class:`~isthmus.decoding.generation.Generation`.
         """
-        if own_loop(options.get("drafter", "auto")) is not None:
+        whole = own_loop(options.get("drafter", "auto")) is not None
+        strategy = options.get("strategy")
+        if strategy is not None and not whole:
+            known = inspect.signature(self._job).parameters
+            given = {k: v for k, v in options.items() if k not in known and k != "strategy"}
+            pieces, sampling = self._strategy(
+                strategy, options.get("drafter", "auto"), options.get("law"), given
+            )
+            whole = pieces.search is not None
+            if not whole:
+                options = {**{k: v for k, v in options.items() if k in known}, **sampling}
+        if whole:
             self.last = self.generate(prompt, **options)
             yield self.last.text
             return self.last
@@ -475,6 +520,65 @@ class Model:
                 f"the prompt holds token ids outside the vocabulary of {self.target.vocab_size}"
             )
         return ids.cpu()
+
+    def _strategy(
+        self,
+        strategy: str | Strategy,
+        drafter: str | Policy,
+        law: Law | None,
+        sampling: dict[str, Any],
+    ) -> tuple[Pieces, dict[str, Any]]:
+        """Parts of a strategy, and the options of their law."""
+        if law is not None:
+            raise InvalidInputError("give a strategy or a complete law, not both")
+        chosen, rest = choose(strategy, sampling, {**NEUTRAL, "temperature": 0.0})
+        if chosen.alone and drafter not in ("auto", "none"):
+            raise InvalidInputError(
+                f"{chosen.name} takes no drafts: {chosen.alone}; leave the drafter out"
+            )
+        pieces = chosen.pieces(self)
+        return pieces, law_options(pieces, rest)
+
+    def _search(
+        self,
+        prompts: list[Any],
+        pieces: Pieces,
+        *,
+        max_new_tokens: int,
+        seed: int | None,
+        ignore_end: bool,
+        inputs: dict[str, Any] | None,
+        law: Law,
+    ) -> list[Generation]:
+        """Best hypothesis of each prompt, the others beside it."""
+        starts, inputs = self._sources(prompts, inputs)
+        requests = [self._request(s, max_new_tokens, "none", (), ignore_end) for s in starts]
+        for request in requests:
+            check_prompt(request, self.target.max_length)
+        assert pieces.search is not None
+        clock = time.perf_counter()
+        found = search(
+            self.target,
+            starts,
+            pieces.search,
+            max_new_tokens=min(r.stopper.max_new_tokens for r in requests),
+            end_tokens=sorted(requests[0].stopper.end_tokens),
+            law=law,
+            generator=self._generator(seed),
+            inputs=inputs,
+            renormalize=pieces.renormalize,
+        )
+        for request, hypotheses in zip(requests, found, strict=True):
+            result, best = request.result, hypotheses[0]
+            result.prompt_tokens = len(request.prompt)
+            result.tokens, result.hypotheses = list(best.tokens), hypotheses
+            ended = best.tokens[-1] in request.stopper.end_tokens
+            result.finish_reason = "stop" if ended else "length"
+            result.stats.new_tokens = len(best.tokens)
+            result.stats.target_forwards = max(len(h.tokens) for h in hypotheses)
+            result.stats.seconds = time.perf_counter() - clock
+            self._finish(request)
+        return [request.result for request in requests]
 
     def _job(
         self,
@@ -627,6 +731,13 @@ def constrained_law(reshape: Constrained, sampling: dict[str, Any]) -> Law:
     """The law of some sampling options under a constraint."""
     others: tuple[Reshape, ...] = tuple(sampling.get("reshapes", ()))
     return Law(**{**sampling, "reshapes": (*others, reshape)})
+
+
+def _no(who: str, **options: Any) -> None:
+    """Refuse options that do not go with something."""
+    given = [name for name, value in options.items() if value]
+    if given:
+        raise InvalidInputError(f"{who} takes no {', '.join(given)}")
 
 
 def pop_all(items: list[Any]) -> Iterator[Any]:
