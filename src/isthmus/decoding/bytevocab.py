@@ -181,7 +181,7 @@ class ByteVocab:
         kept = window if whole else window[WINDOW // 2 :]
         head, known = self.decode(window), self.decode(kept)
         may = [False] * len(tokens)
-        for probe in PROBES:
+        for probe in self.probes:
             left = [j for j, done in enumerate(may) if not done]
             if not left:
                 break
@@ -206,6 +206,11 @@ class ByteVocab:
             return list(ids)
         high = bisect_left(words, _after(prefix), low) if _after(prefix) else len(words)
         return ids[low:high]
+
+    @cached_property
+    def probes(self) -> tuple[Bytes, ...]:
+        """One beginning of each class of what may follow a text, as far as tokens write it."""
+        return tuple(probe for probe in PROBES if all(self.starting(probe[:1]) for _ in probe))
 
     @cached_property
     def longest(self) -> int:
