@@ -1,6 +1,7 @@
 """Probabilities of bytes, against the enumeration of all texts."""
 
 import math
+from collections import Counter
 from itertools import product
 
 import pytest
@@ -95,6 +96,27 @@ def test_boundaries_are_exact_for_the_longest_prefix_and_not_for_merges() -> Non
         )
     assert errors["longest"] < 1e-12
     assert errors["merged"] > 1e-3
+
+
+def test_covers_are_drawn_by_their_probability() -> None:
+    vocab, truth = merging(), texts("ab", 6)
+    scorer = exact(vocab, truth, tolerance=0.0)
+    text = b"abab"
+    expected: Counter[tuple[int, ...]] = Counter()
+    for whole, p in truth.items():
+        if whole.startswith(text):
+            ids, end = vocab.encode(whole), 0
+            while len(vocab.decode(ids[:end])) < len(text):
+                end += 1
+            expected[tuple(ids[:end])] += p
+    generator = torch.Generator().manual_seed(0)
+    drawn = Counter(tuple(scorer.cover(text, generator)) for _ in range(2000))
+    assert set(drawn) <= set(expected)
+    assert len(expected) > 1
+    total = sum(expected.values())
+    for cover, p in expected.items():
+        assert abs(drawn[cover] / 2000 - p / total) < 0.05
+    assert tuple(scorer.cover(text)) == max(expected, key=lambda c: expected[c])
 
 
 def test_a_character_cut_in_two() -> None:

@@ -169,6 +169,33 @@ class Reading:
     tokens: int
 
 
+@dataclass(frozen=True)
+class _Candidates:
+    """Prefixes of a text and the tokens that go on from them.
+
+    Attributes:
+        length: Bytes of the text.
+        places: Where each prefix ends, and its tokens.
+        sums: Log-probability of each prefix.
+        laws: Log-probabilities of what follows each, [K, V].
+        whole: Prefixes that end with the text, its own cut first.
+        token: Tokens that reach beyond the end of the text, int64 [C].
+        byte: The byte that each writes after it, int64 [C].
+        owner: The prefix that each goes on from, int64 [C].
+        mass: Log-probability of each with its prefix, [C].
+    """
+
+    length: int
+    places: list[tuple[int, list[int]]]
+    sums: list[float]
+    laws: torch.Tensor
+    whole: list[int]
+    token: torch.Tensor
+    byte: torch.Tensor
+    owner: torch.Tensor
+    mass: torch.Tensor
+
+
 class ByteScorer:
     """Probabilities of bytes under a model of tokens.
 
@@ -256,41 +283,79 @@ class ByteScorer:
         Raises:
             InvalidInputError: The model gives the text no probability at all.
         """
-        text = self._lead + text
-        places = self._places(text)
-        sums, laws = self.prefixes.score([prefix for _, prefix in places])
-        tokens: list[torch.Tensor] = []
-        owners: list[torch.Tensor] = []
-        bytes_: list[torch.Tensor] = []
-        for k, (at, _) in enumerate(places):
-            known = len(text) - at
-            ids = self._firsts if not known else self.vocab.starting(text[at:])
-            writes = [(i, w[known]) for i in ids if len(w := self.vocab.bytes(i) or b"") > known]
-            tokens.append(
-                torch.tensor([i for i, _ in writes if i < self._width], dtype=torch.int64)
-            )
-            bytes_.append(
-                torch.tensor([b for i, b in writes if i < self._width], dtype=torch.int64)
-            )
-            owners.append(torch.full_like(tokens[-1], k))
-        token, owner, byte = torch.cat(tokens), torch.cat(owners), torch.cat(bytes_)
-        mass = torch.tensor(sums, dtype=laws.dtype)[owner] + laws[owner, token]
-        if self.covers == "all":
-            fit = self._canonical(places, token, owner, mass)
-            token, owner, byte, mass = token[fit], owner[fit], byte[fit], mass[fit]
-        whole = [k for k, (at, _) in enumerate(places) if at == len(text)]
-        beyond = torch.tensor([places[k][0] < len(text) for k in range(len(places))])[owner]
-        logp = torch.cat([mass[beyond], mass.new_tensor([sums[k] for k in whole])]).logsumexp(0)
+        found = self._candidates(self._lead + text)
+        covers, _ = self._covers(found)
         # the first of those that end with the text is its own cut, the only one that may end it
-        ending = [sums[whole[0]] + float(laws[whole[0], end]) for end in self.ends]
-        mass = torch.cat([mass, mass.new_tensor(ending)])
-        byte = torch.cat([byte, torch.full((len(ending),), END)])
-        top = mass.max() if len(mass) else mass.new_tensor(-torch.inf)
+        own = found.whole[0]
+        ending = [found.sums[own] + float(found.laws[own, end]) for end in self.ends]
+        mass = torch.cat([found.mass, found.mass.new_tensor(ending)])
+        byte = torch.cat([found.byte, torch.full((len(ending),), END)])
+        top = mass.max()
         if not bool(torch.isfinite(top)):
             raise InvalidInputError(f"the model gives no probability to {text[-40:]!r}")
         law = mass.new_zeros(END + 1).index_add(0, byte, (mass - top).exp())
-        tokens_of_text = len(places[whole[0]][1])
-        return Reading(float(logp), (law / law.sum()).log(), tokens_of_text)
+        tokens = len(found.places[own][1])
+        return Reading(float(covers.logsumexp(0)), (law / law.sum()).log(), tokens)
+
+    def cover(self, text: bytes, generator: torch.Generator | None = None) -> list[int]:
+        """One cover of a text, drawn by its probability: tokens to go on from without bias.
+
+        Decoding from the tokens of a prompt forgets that its last ones might have been merged with
+        what follows. Going on from a drawn cover, whose last token may reach beyond the prompt, is
+        a draw from the model's law of texts that begin with the prompt.
+
+        Args:
+            text: The prompt.
+            generator: Source of the draw; the likeliest cover when None.
+
+        Returns:
+            Tokens without the start tokens.
+
+        Raises:
+            InvalidInputError: The model gives the text no probability at all.
+        """
+        found = self._candidates(self._lead + text)
+        mass, chosen = self._covers(found)
+        if not bool(torch.isfinite(mass).any()):
+            raise InvalidInputError(f"the model gives no probability to {text[-40:]!r}")
+        if generator is None:
+            k = int(mass.argmax())
+        else:
+            k = int(torch.multinomial(mass.softmax(0).cpu(), 1, generator=generator))
+        if k >= len(chosen):
+            return found.places[found.whole[k - len(chosen)]][1]
+        j = int(chosen[k])
+        return [*found.places[int(found.owner[j])][1], int(found.token[j])]
+
+    def _covers(self, found: _Candidates) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probability of each cover, and the candidates that the first of them are."""
+        beyond = torch.tensor([at < found.length for at, _ in found.places])[found.owner]
+        chosen = beyond.nonzero()[:, 0]
+        whole = found.mass.new_tensor([found.sums[k] for k in found.whole])
+        return torch.cat([found.mass[chosen], whole]), chosen
+
+    def _candidates(self, text: bytes) -> _Candidates:
+        """All tokens that go on from a place in the text and reach beyond its end."""
+        places = self._places(text)
+        sums, laws = self.prefixes.score([prefix for _, prefix in places])
+        tokens: list[int] = []
+        bytes_: list[int] = []
+        owners: list[int] = []
+        for k, (at, _) in enumerate(places):
+            known = len(text) - at
+            for i in self.vocab.starting(text[at:]) if known else self._firsts:
+                word = self.vocab.bytes(i) or b""
+                if len(word) > known and i < self._width:
+                    tokens.append(i)
+                    bytes_.append(word[known])
+                    owners.append(k)
+        token, byte, owner = (torch.tensor(x, dtype=torch.int64) for x in (tokens, bytes_, owners))
+        mass = torch.tensor(sums, dtype=laws.dtype)[owner] + laws[owner, token]
+        if self.covers == "all":
+            fit = self._canonical(places, token, owner, mass)
+            token, byte, owner, mass = token[fit], byte[fit], owner[fit], mass[fit]
+        whole = [k for k, (at, _) in enumerate(places) if at == len(text)]
+        return _Candidates(len(text), places, sums, laws, whole, token, byte, owner, mass)
 
     def _places(self, text: bytes) -> list[tuple[int, list[int]]]:
         """Where the last token of a cover may begin, and the tokens before that place."""
