@@ -345,9 +345,9 @@ def examine(writer: Model, coder: Model, scale: Scale, *, dates_count: int, text
         device="cpu",
         status=judge(gates, direction),
         gates=gates,
-        reason="Comments are unlikely under this model, not unrelated to likelihood; and a beam that "
-        "looks at twice its width sees few of them, so that some noise in the value, which makes it "
-        "look elsewhere, helps rather than harms.",
+        reason="Comments are unlikely under this model, not unrelated to likelihood; and a beam "
+        "that looks at twice its width sees few of them, so that some noise in the value, which "
+        "makes it look elsewhere, helps rather than harms.",
         seeds=(0, 1),
         notes=(
             f"Comments by noise of the value: {told}.",
