@@ -50,8 +50,8 @@ def p_ucb(parent: Node, kid: Node, c_base: float, c: float) -> float:
 
     Example:
         >>> kid = Node((7,), prior=0.5, visits=2, value=0.25)
-        >>> round(p_ucb(Node((), visits=4), kid, 10, 4), 4)  # 0.25 + (ln 1.5 + 4) 0.5 1.1774 / 3
-        1.1145
+        >>> round(p_ucb(Node((), visits=4), kid, 10, 4), 4)  # 0.25 + (ln 1.5 + 4) 0.5 1.1774 / 2
+        1.5468
     """
     n = parent.visits
     beta = math.log((n + c_base + 1) / c_base) + c
