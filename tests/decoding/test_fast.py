@@ -287,6 +287,18 @@ def test_a_plain_decoder_takes_no_encoder_inputs() -> None:
         FastTarget(make("Llama")).session(1, input_ids=torch.ones(1, 3, dtype=torch.int64))
 
 
+def test_another_default_dtype_does_not_reach_the_kernel() -> None:
+    """A model that is being loaded in another thread changes it for the whole process."""
+    model = isthmus.load()
+    want = model.generate("def add(a, b):", max_new_tokens=16, drafter="none").tokens
+    fresh = isthmus.load()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert fresh.generate("def add(a, b):", max_new_tokens=16, drafter="none").tokens == want
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_room_for_many_nodes_is_room_for_fewer(two_threads: None) -> None:
     config = tf.LlamaConfig(
         vocab_size=32,

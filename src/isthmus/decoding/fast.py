@@ -178,7 +178,13 @@ class FastTarget(HubTarget):
         lengths, live = torch.full((batch,), count), None
         if mask is not None and not bool(mask.all()):
             lengths, live = mask.sum(1).long(), in_order(mask > 0)
-        return Stored(torch.empty(shape), torch.empty(shape), count, lengths, live)
+        return Stored(
+            torch.empty(shape, dtype=torch.float32),
+            torch.empty(shape, dtype=torch.float32),
+            count,
+            lengths,
+            live,
+        )
 
     def forward(
         self, tokens: torch.Tensor, *, encoded: dict[str, Any] | None = None, **options: Any

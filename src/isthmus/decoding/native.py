@@ -25,6 +25,10 @@ from isthmus.folders import kept
 
 SOURCE = Path(__file__).with_suffix(".c")
 
+FLOAT = torch.float32
+"""Always named: the default dtype belongs to the whole process, and a model that is being loaded in
+another thread changes it for that time."""
+
 PARTS = (1, 2, 4)
 """Weights in 32 bits, by dtype."""
 
@@ -159,7 +163,7 @@ class Kernel:
         self.rows = self.slots = 0
         self.lock = threading.Lock()  # the buffers are those of one forward
         self.call = Call()
-        self.cosines = self.sines = self.spreads = torch.empty(0)
+        self.cosines = self.sines = self.spreads = torch.empty(0, dtype=FLOAT)
         self.buckets = torch.empty(0, dtype=torch.int32)
         self.reach = 0
 
@@ -169,14 +173,14 @@ class Kernel:
         threads = torch.get_num_threads()
         if rows > self.rows or slots > self.slots or threads != call.threads:
             self.rows, self.slots = max(rows, self.rows), max(slots, self.slots)
-            self.buffers = [torch.empty(self.rows, width) for width in program.widths]
+            self.buffers = [torch.empty(self.rows, width, dtype=FLOAT) for width in program.widths]
             size = self.library.isthmus_scratch(
                 self.rows, self.slots, self.widest, program.head_dim
             )
-            self.scratch = torch.empty(threads, size)
+            self.scratch = torch.empty(threads, size, dtype=FLOAT)
             call.threads, call.scratch_size = threads, size
             call.scratch = self.scratch.data_ptr()
-            self.dealt = torch.empty((self.rows + 1) * self.widest)
+            self.dealt = torch.empty((self.rows + 1) * self.widest, dtype=FLOAT)
             call.dealt = self.dealt.data_ptr()
             call.heads, call.kv_heads = program.heads, program.kv_heads
             call.head_dim = program.head_dim
@@ -190,7 +194,7 @@ class Kernel:
         if program.rotary is not None and positions > len(self.cosines):
             with torch.no_grad():
                 places = torch.arange(max(512, positions * 3 // 2))[None]
-                cosines, sines = program.rotary(torch.empty(1, 1, 1), places)
+                cosines, sines = program.rotary(torch.empty(1, 1, 1, dtype=FLOAT), places)
             self.cosines, self.sines = cosines[0].contiguous(), sines[0].contiguous()
             call.cosines, call.sines = self.cosines.data_ptr(), self.sines.data_ptr()
             call.rotary_dim = self.cosines.shape[1]
@@ -199,7 +203,7 @@ class Kernel:
                 self.reach = max(64, positions * 3 // 2)
                 distances = torch.arange(-self.reach, self.reach + 1)
                 self.buckets = program.buckets(distances).to(torch.int32)
-                self.spreads = torch.empty(program.heads, len(self.buckets))
+                self.spreads = torch.empty(program.heads, len(self.buckets), dtype=FLOAT)
             # the table is filled anew in each forward, as far as it is read
             call.reach = positions
             call.span = 2 * positions + 1 if program.whole else positions + 1
@@ -209,7 +213,7 @@ class Kernel:
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits float32 [..., V] of states after the last norm [..., D]."""
         states = hidden.reshape(-1, hidden.shape[-1]).float().contiguous()
-        out = torch.empty(len(states), self.program.vocab_size)
+        out = torch.empty(len(states), self.program.vocab_size, dtype=FLOAT)
         source = self.ops[-1].source
         with self.lock:
             self.reserve(len(states), 0)
@@ -292,10 +296,10 @@ class Kernel:
             if tapped:
                 places = torch.full((program.layers + 2,), -1, dtype=torch.int32)
                 places[list(tapped)] = torch.arange(len(tapped), dtype=torch.int32)
-                states = torch.empty(len(tapped), batch, nodes, program.hidden_size)
+                states = torch.empty(len(tapped), batch, nodes, program.hidden_size, dtype=FLOAT)
                 call.taps, call.tapped = states.data_ptr(), places.data_ptr()
             if logits:
-                out = torch.empty(batch, nodes, program.vocab_size)
+                out = torch.empty(batch, nodes, program.vocab_size, dtype=FLOAT)
                 call.buffers[LOGITS] = out.data_ptr()
             self._run(0, len(self.ops) - (not logits and program.vocab_size > 0))
         return out, states

@@ -7,7 +7,7 @@ answer can be enumerated (:meth:`TableTarget.truth`) and a decoder checked again
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -141,6 +141,55 @@ class TableTarget:
                 break
             open_, weights = longer, torch.stack(kept)
         return done
+
+
+class ListTarget(TableTarget):
+    """A target whose laws are those of a list of weighted texts: the exact model of all of them.
+
+    Args:
+        texts: Weight of each token sequence, end token included; they sum to anything.
+        vocab_size: Tokens V.
+        start: Tokens before every text.
+
+    Example:
+        >>> target = ListTarget({(0, 2): 3.0, (1, 2): 1.0}, vocab_size=4, start=[3])
+        >>> root = TokenTree.root(torch.tensor([3]))
+        >>> target.session(1).score(root).logits.softmax(-1)[0, 0].tolist()
+        [0.75, 0.25, 0.0, 0.0]
+    """
+
+    def __init__(
+        self, texts: Mapping[tuple[int, ...], float], vocab_size: int, start: Sequence[int]
+    ) -> None:
+        super().__init__(vocab_size)
+        places: dict[tuple[int, ...], int] = {(): 0}
+        weights: list[dict[int, float]] = [{}]
+        after: list[dict[int, int]] = [{}]
+        for text, weight in texts.items():
+            whole = (*start, *text)
+            for k, token in enumerate(whole):
+                place = places[whole[:k]]
+                weights[place][token] = weights[place].get(token, 0.0) + weight
+                if whole[: k + 1] not in places:
+                    places[whole[: k + 1]] = after[place][token] = len(weights)
+                    weights.append({})
+                    after.append({})
+        # the last state is that of what no text begins with; there the law is even
+        self._logits = torch.full((len(weights) + 1, vocab_size), -math.inf, dtype=torch.float64)
+        self._after = torch.full((len(weights) + 1, vocab_size), len(weights))
+        for place, (row, next_) in enumerate(zip(weights, after, strict=True)):
+            for token, weight in row.items():
+                self._logits[place, token] = math.log(weight)
+                self._after[place, token] = next_[token]
+        self._logits[~torch.isfinite(self._logits).any(-1)] = 0.0
+
+    def push(self, state: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """State after one more token."""
+        return self._after[state, tokens]
+
+    def logits(self, state: torch.Tensor) -> torch.Tensor:
+        """Logits [..., V] after the prefixes of the given states [...]."""
+        return self._logits[state]
 
 
 class TableSession:

@@ -305,6 +305,15 @@ class HubTarget:
         out: torch.Tensor = self.model.get_output_embeddings()(hidden)
         return out
 
+    @property
+    def final_norm(self) -> Any:
+        """The decoder's norm between its last layer and the head, or None where there is none."""
+        decoder = self.model.get_decoder()
+        names = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
+        return next(
+            (n for n in (getattr(decoder, name, None) for name in names) if n is not None), None
+        )
+
     @contextmanager
     def _placed(self, positions: torch.Tensor | None) -> Iterator[None]:
         """Give a decoder with a position table the true positions for one call."""
@@ -450,6 +459,15 @@ def join_encoded(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any
         ]
         joined["attention_mask"] = torch.cat([F.pad(m, (0, width - m.shape[1])) for m in whole])
     return joined
+
+
+def followed(session: Session, rows: Sequence[int]) -> Session:
+    """The session with row b as a copy of ``rows[b]``: itself where it can, else a fork."""
+    rows = list(rows)
+    if isinstance(session, SlotSession) and len(rows) == len(session.lengths):
+        session.reorder(rows)
+        return session
+    return session if rows == list(range(len(session.lengths))) else session.fork(rows)
 
 
 class SlotSession:
@@ -605,15 +623,29 @@ class SlotSession:
         """Forget cached tokens beyond the given lengths."""
         self.cache.truncate(lengths)
 
-    def fork(self, rows: Sequence[int]) -> SlotSession:
-        """Copies of the given rows."""
-        encoded = dict(self.encoded)
+    def reorder(self, rows: Sequence[int]) -> None:
+        """Let row b go on as a copy of ``rows[b]``, in place; as many rows as there are."""
+        self.cache.reorder(rows)
         if self.encoded:
             index = torch.tensor(list(rows), device=self.target.device)
-            states = self.encoded["encoder_outputs"][0].index_select(0, index)
-            encoded["encoder_outputs"] = BaseModelOutput(last_hidden_state=states)
-            if "attention_mask" in self.encoded:
-                encoded["attention_mask"] = self.encoded["attention_mask"][index]
+            self.encoded = self._encoded(index)
+            if isinstance(self._hub, EncoderDecoderCache):
+                cross: Any = self._hub.cross_attention_cache
+                cross.reorder_cache(index)
+
+    def _encoded(self, index: torch.Tensor) -> dict[str, Any]:
+        """Encoder outputs of the given rows [R]."""
+        encoded = dict(self.encoded)
+        states = self.encoded["encoder_outputs"][0].index_select(0, index)
+        encoded["encoder_outputs"] = BaseModelOutput(last_hidden_state=states)
+        if "attention_mask" in self.encoded:
+            encoded["attention_mask"] = self.encoded["attention_mask"][index]
+        return encoded
+
+    def fork(self, rows: Sequence[int]) -> SlotSession:
+        """Copies of the given rows."""
+        index = torch.tensor(list(rows), device=self.target.device)
+        encoded = self._encoded(index) if self.encoded else {}
         return self._twin(self.cache.select(rows), encoded)
 
     def join(self, other: Session) -> SlotSession:

@@ -1,0 +1,134 @@
+"""Optimisers by name: torch's own, and AdamW with steps scaled by each matrix (nanoT5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from isthmus.errors import InvalidInputError, UnknownNameError
+
+
+class AdamWScale(torch.optim.Optimizer):
+    """AdamW whose step grows with the size of what it moves.
+
+    ``p <- p - a_t m / (sqrt(v) + eps)``, with ``a_t = lr sqrt(1 - b2^t) / (1 - b1^t) max(1e-3,
+    RMS(p))``, then decoupled decay ``p <- p - lr wd p``. One rate serves tensors of very different
+    scale. After Nawrot, "nanoT5", 2023 (arXiv 2309.02373), where it replaces Adafactor.
+
+    Args:
+        params: Parameters.
+        lr: Rate.
+        betas: Decay of both moments.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled decay.
+
+    Raises:
+        InvalidInputError: The rate is not positive.
+
+    Example:
+        >>> p = nn.Parameter(torch.ones(4))
+        >>> p.grad = torch.full((4,), 0.5)
+        >>> AdamWScale([p], lr=0.1).step()
+        >>> [round(v, 4) for v in p.tolist()]  # 1 - 0.1 RMS(p) m / sqrt(v)
+        [0.9, 0.9, 0.9, 0.9]
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 2e-2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+    ) -> None:
+        if lr <= 0:
+            raise InvalidInputError(f"the learning rate must be positive, got {lr}")
+        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, settings)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step."""
+        loss = None if closure is None else closure()
+        for group in self.param_groups:
+            b1, b2 = group["betas"]
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
+                if not self.state[p]:
+                    self.state[p] = {
+                        "step": torch.zeros(()),
+                        "exp_avg": torch.zeros_like(p),
+                        "exp_avg_sq": torch.zeros_like(p),
+                    }
+            grads = [p.grad for p in params]
+            means = [self.state[p]["exp_avg"] for p in params]
+            squares = [self.state[p]["exp_avg_sq"] for p in params]
+            torch._foreach_lerp_(means, grads, 1 - b1)
+            torch._foreach_mul_(squares, b2)
+            torch._foreach_addcmul_(squares, grads, grads, 1 - b2)
+            roots = torch._foreach_sqrt(squares)
+            torch._foreach_add_(roots, group["eps"])
+            sizes = torch._foreach_norm(params)
+            for p, m, root, size in zip(params, means, roots, sizes, strict=True):
+                count = self.state[p]["step"]
+                count += 1
+                t = float(count)
+                scale = (size / p.numel() ** 0.5).clamp(min=1e-3)
+                rate = group["lr"] * (1 - b2**t) ** 0.5 / (1 - b1**t) * scale
+                p.sub_(m / root * rate)
+            if group["weight_decay"]:
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        return loss
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "adamw-scale": AdamWScale,
+    "adafactor": torch.optim.Adafactor,
+    "sgd": torch.optim.SGD,
+}
+
+PLAIN = ("adafactor", "sgd")
+"""Optimisers without two betas."""
+
+
+def optimizer(
+    name: str,
+    parameters: Iterable[nn.Parameter],
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    weight_decay: float = 0.0,
+) -> torch.optim.Optimizer:
+    """Make an optimiser.
+
+    Args:
+        name: A key of :data:`OPTIMIZERS`.
+        parameters: What is trained; weight decay spares vectors (biases and norms).
+        lr: Peak learning rate.
+        betas: Decay of the moments; the first is the momentum of SGD.
+        weight_decay: Of matrices and larger.
+
+    Raises:
+        UnknownNameError: No such optimiser.
+    """
+    if name not in OPTIMIZERS:
+        raise UnknownNameError("optimizer", name, OPTIMIZERS)
+    trained = [p for p in parameters if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    options: dict[str, Any] = {"lr": lr}
+    if name == "sgd":
+        options["momentum"] = betas[0]
+    elif name not in PLAIN:
+        options["betas"] = betas
+    return OPTIMIZERS[name](groups, **options)
