@@ -1,8 +1,11 @@
 """The fast target: the same function as the model, bit-identical however tokens are grouped."""
 
+import ctypes
 import shutil
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -317,3 +320,25 @@ def test_room_for_many_nodes_is_room_for_fewer(two_threads: None) -> None:
         with torch.no_grad():
             want = model(text[:, :count]).logits
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif("avx2" not in " ".join(native._processor()), reason="needs a PC with AVX2")
+def test_wide_registers_hold_the_sums_of_narrow_ones(tmp_path: Path) -> None:
+    target = FastTarget(make("Llama", torch.bfloat16))
+    narrow = tmp_path / "narrow.so"
+    flags = ["-O2", "-march=x86-64-v3", "-ffp-contract=off", "-fPIC", "-shared"]
+    subprocess.run(["cc", *flags, str(native.SOURCE), "-o", str(narrow), "-lm"], check=True)
+    other = ctypes.CDLL(str(narrow))
+    for name in ("isthmus_forward", "isthmus_scratch"):
+        ours = getattr(target.kernel.library, name)
+        getattr(other, name).argtypes, getattr(other, name).restype = ours.argtypes, ours.restype
+    text = torch.randint(0, 64, (2, 70), generator=torch.Generator().manual_seed(1))
+    found = []
+    for library in (target.kernel.library, other):
+        target.kernel.library = library
+        session = target.session(2)
+        session.prefill([text[0], text[1, :9]])
+        counts = (1, 2, 3, 8, 11, 40)
+        found.append([session.score(TokenTree(text[:, :n], chain_topology(n))) for n in counts])
+    for wide, plain in zip(*found, strict=True):
+        assert torch.equal(wide.logits, plain.logits)
