@@ -217,11 +217,13 @@ def test_a_client_that_leaves_frees_its_place(served):
 def test_a_full_line_is_answered_with_429(serve):
     running = serve(limits=Limits(batch_size=1, queue=1))
     with slow(running, max_tokens=1000) as first:
-        next(first.iter_lines())
+        lines = first.iter_lines()  # kept: a stream that nobody holds is closed
+        next(lines)
         body = {"prompt": "x", "max_tokens": 1}
         second = threading.Thread(target=running.post, args=("/v1/completions",), kwargs=body)
         second.start()
-        while not running.engine.waiting:
+        until = time.time() + 10
+        while not running.engine.waiting and time.time() < until:
             time.sleep(0.005)
         answer = running.post("/v1/completions", prompt="x", max_tokens=1)
         assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
@@ -284,7 +286,8 @@ def test_metrics_and_logs_tell_without_the_prompt(served):
 
 def test_a_slow_reader_holds_nobody_up(served):
     with slow(served, max_tokens=250) as answer:
-        next(answer.iter_lines())  # and no more for now
+        lines = answer.iter_lines()
+        next(lines)  # and no more for now
         start = time.perf_counter()
         out = served.post("/v1/completions", prompt=PROMPT, max_tokens=8, temperature=0).json()
         assert out["choices"][0]["text"] == generate(max_new_tokens=8).text
