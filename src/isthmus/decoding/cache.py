@@ -10,6 +10,7 @@ All layers of one key shape share one buffer, so a commit moves every layer with
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -130,7 +131,8 @@ class SlotLayer(CacheLayerMixin):
 
     def __init__(self, cache: SlotCache, arena: int, index: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.cache = cache
+        # the cache holds its layers: a cycle would keep its buffers until the next collection
+        self.cache: SlotCache = weakref.proxy(cache)
         self.arena = arena
         self.index = index
         self.is_initialized = True
