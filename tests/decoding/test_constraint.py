@@ -17,7 +17,6 @@ from isthmus.decoding.bytevocab import ByteVocab
 from isthmus.decoding.constrained import Constrained
 from isthmus.decoding.constraint import (
     Compiler,
-    DeadEnd,
     UnsupportedConstraint,
     choice,
     grammar,
@@ -30,7 +29,7 @@ from isthmus.decoding.constraint import (
 from isthmus.decoding.law import Law
 from isthmus.decoding.model import Model, Prompt
 from isthmus.decoding.tree import TokenTree, Topology
-from isthmus.errors import BrokenFileError, InvalidInputError
+from isthmus.errors import BrokenFileError, DeadEnd, InvalidInputError
 from isthmus.roles import Constraint, Context, Reshape
 from isthmus.testing.statistics import goodness_of_fit
 from isthmus.workbench import schemas

@@ -1,8 +1,10 @@
 """Strategies by name: settings, composition with drafts and processors, and transformers' doors."""
 
 import json
+import re
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 import tiny
@@ -13,6 +15,7 @@ from transformers.generation import logits_process as lp
 from isthmus.api import load
 from isthmus.decoding import strategies
 from isthmus.decoding.acceptance import Match, Rejection
+from isthmus.decoding.constraint import regex
 from isthmus.decoding.drafters import ModelDrafter, PromptLookup
 from isthmus.decoding.law import Law
 from isthmus.decoding.model import Model
@@ -203,6 +206,25 @@ def test_many_prompts_and_streams():
     }
     many = MODEL.generate_many(PROMPTS, max_new_tokens=6, strategy="beam", beams=2)
     assert {i: r.tokens for i, r in many} == beams
+
+
+@cache
+def embedded():
+    """The embedded model, with itself as the amateur."""
+    model = load()
+    return Model(model.target, model.tokenizer, draft_model=model.target)
+
+
+@pytest.mark.parametrize("name", [n for n in STRATEGIES if n not in ("top-k", "min-p", "eta")])
+def test_constraints_hold_under_every_strategy(name):
+    """Also where what the strategy finds plausible is not what the constraint allows."""
+    model = embedded()
+    wanted = regex("(foo|bar)[0-9]{3}")
+    options = {"strategy": name, "constraint": wanted, "max_new_tokens": 12, "seed": 0}
+    drafters = ("none",) if name in SOLE else ("none", "prompt-lookup")
+    texts = [model.generate("x = ", drafter=d, **options).text for d in drafters]
+    assert all(re.fullmatch(wanted.text, text) for text in texts)
+    assert name in SAMPLED or len(set(texts)) == 1
 
 
 def test_text_streams_where_it_can():

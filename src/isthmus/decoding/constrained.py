@@ -14,10 +14,11 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from isthmus.decoding.constraint import FREE, DeadEnd, Grammar, State
+from isthmus.decoding.constraint import FREE, Grammar, State
 from isthmus.decoding.generation import Generation
 from isthmus.decoding.reshape import Walk
 from isthmus.decoding.tree import TokenTree, chain_topology, merge, stack
+from isthmus.errors import DeadEnd
 from isthmus.roles import PLAIN, Context, Drafter, Extendable, Policy, Shape, Stage, Step, Target
 
 NAME = "constraint"

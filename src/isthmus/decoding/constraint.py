@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 
 from isthmus.decoding.bytevocab import ByteVocab
-from isthmus.errors import BrokenFileError, InvalidInputError, IsthmusError, require
+from isthmus.errors import BrokenFileError, InvalidInputError, require
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -48,10 +48,6 @@ class UnsupportedConstraint(InvalidInputError):  # noqa: N818
     def __init__(self, reason: str) -> None:
         self.reason = reason
         super().__init__(f"this constraint cannot be held: {reason}")
-
-
-class DeadEnd(IsthmusError):  # noqa: N818
-    """No token may follow, and the answer is not complete."""
 
 
 @dataclass(frozen=True)

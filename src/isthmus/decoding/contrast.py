@@ -53,6 +53,27 @@ def contrast(
     return torch.where((log_e >= floor) & (log_e > -torch.inf), scores, -torch.inf)
 
 
+FAR = 1e4
+"""How far behind the plausible ones other tokens stand: no draw reaches them, a mask may."""
+
+
+def behind(scores: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
+    """Bring tokens that a contrast has put out back, far behind and in the expert's own order.
+
+    A constraint has its turn later. Where it allows no plausible token, the expert decides.
+
+    Args:
+        scores: Of a contrast [..., V], -inf outside the plausible set.
+        expert: Logits [..., V]; what is impossible to the expert stays so.
+
+    Example:
+        >>> scores, expert = torch.tensor([0.5, -torch.inf, -torch.inf]), torch.zeros(3)
+        >>> behind(scores, expert).softmax(-1).tolist()
+        [1.0, 0.0, 0.0]
+    """
+    return torch.where(scores.isfinite(), scores, torch.log_softmax(expert, -1) - FAR)
+
+
 class ContrastiveDecoding(Accompanied):
     """The contrastive law as a reshape: the amateur is asked at every node of a draft.
 
@@ -87,13 +108,14 @@ class ContrastiveDecoding(Accompanied):
 
     def combine(self, logits: torch.Tensor, others: list[torch.Tensor]) -> torch.Tensor:
         """Contrastive scores [B, N, V]."""
-        return contrast(
+        scores = contrast(
             logits,
             others[0].to(logits) / self.temperature,
             strength=self.strength,
             plausibility=self.plausibility,
             original=self.original,
         )
+        return behind(scores, logits)
 
 
 class Amateur(ModelDrafter):

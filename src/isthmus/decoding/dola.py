@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from isthmus.decoding.contrast import contrast
+from isthmus.decoding.contrast import behind, contrast
 from isthmus.decoding.early_logits import EarlyLogits
 from isthmus.decoding.reshape import Pure
 from isthmus.decoding.target import HubTarget
@@ -105,4 +105,6 @@ class DoLa(Pure):
         best = divergence(last[:, :, None], lower).argmax(-1)
         self.chosen = torch.tensor(self.early.layers, device=best.device)[best]
         premature = lower.gather(2, best[..., None, None].expand(-1, -1, 1, lower.shape[-1]))
-        return contrast(logits, premature[:, :, 0], plausibility=self.plausibility, original=True)
+        below = premature[:, :, 0]
+        scores = contrast(logits, below, plausibility=self.plausibility, original=True)
+        return behind(scores, logits)

@@ -17,7 +17,7 @@ from isthmus import registry
 from isthmus.decoding.acceptance import Coupled, Lossless
 from isthmus.decoding.bytevocab import ByteVocab
 from isthmus.decoding.constrained import Constrained, Ending, Forced
-from isthmus.decoding.constraint import Compiler, DeadEnd, Grammar, Spec, as_spec
+from isthmus.decoding.constraint import Compiler, Grammar, Spec, as_spec
 from isthmus.decoding.cost import Costs, cost
 from isthmus.decoding.drafters import ModelDrafter, PromptLookup, Union
 from isthmus.decoding.engine import Request, check_prompt, decode
@@ -31,7 +31,7 @@ from isthmus.decoding.stopping import Detokenizer, Stopper
 from isthmus.decoding.strategies import Pieces, Strategy, choose, law_options
 from isthmus.decoding.target import HubTarget
 from isthmus.decoding.trained import read_config
-from isthmus.errors import InvalidInputError, UnknownNameError
+from isthmus.errors import DeadEnd, InvalidInputError, UnknownNameError
 from isthmus.roles import Acceptance, Policy, Reshape, Shape
 
 Wanted = Spec | Mapping[str, Any]

@@ -23,13 +23,13 @@ import torch
 
 from isthmus.decoding.acceptance import Coupled, Lossless
 from isthmus.decoding.constrained import Constrained, Forced
-from isthmus.decoding.constraint import DeadEnd, Grammar
+from isthmus.decoding.constraint import Grammar
 from isthmus.decoding.engine import Request, check_prompt, decode
 from isthmus.decoding.generation import Generation
 from isthmus.decoding.law import Law, Laws
 from isthmus.decoding.model import Model, Wanted, constrained_law, rule_of
 from isthmus.decoding.tree import TokenTree
-from isthmus.errors import InvalidInputError, IsthmusError
+from isthmus.errors import DeadEnd, InvalidInputError, IsthmusError
 from isthmus.roles import Context, Verdict
 
 logger = logging.getLogger(__name__)
