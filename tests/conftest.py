@@ -3,10 +3,11 @@
 import os
 import signal
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from making import MakeSystem
 
 # No test may depend on a network; a forgotten download fails at once instead of hanging.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -61,8 +62,6 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
         seeds=(0,),
     )
 '''
-
-MakeSystem = Callable[..., Path]
 
 
 @pytest.fixture

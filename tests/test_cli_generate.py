@@ -95,3 +95,27 @@ def test_the_bench_compares_methods_in_one_run(
     assert [r["method"] for r in rows] == ["transformers", "token-recycling"]
     assert rows[1]["same_output"] == 1
     assert rows[1]["new_tokens"] == 8
+
+
+def test_constraints(tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "array", "items": {"enum": [1, 2]}, "minItems": 2, "maxItems": 3}')
+    done = run("generate", "x = ", "--json-schema", str(schema))
+    assert done.returncode == 0 and json.loads(done.stdout)
+    done = run("generate", "x = ", "--choice", "yes", "--choice", "no", "--json")
+    assert json.loads(done.stdout)["text"] in ("yes", "no")
+    grammar = tmp_path / "sum.lark"
+    grammar.write_text('start: NUM "+" NUM\nNUM: /[0-9]{1,2}/')
+    done = run("generate", "x = ", "--grammar", str(grammar))
+    assert "+" in done.stdout
+    lines = tmp_path / "in.jsonl"
+    lines.write_text('{"prompt": "a = "}\n{"prompt": "b = "}\n')
+    done = run("generate", "--input", str(lines), "--regex", "[0-9]{4}")
+    assert [len(json.loads(line)["text"]) for line in done.stdout.splitlines()] == [4, 4]
+    for arguments, word in (
+        (("--json-schema", '{"uniqueItems": true}'), "uniqueItems"),
+        (("--regex", "a", "--choice", "b"), "give one"),
+    ):
+        done = run("generate", "x", *arguments)
+        assert done.returncode == 2
+        assert word in done.stderr and len(done.stderr.strip().splitlines()) == 1

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from conftest import MakeSystem
 from isthmus import __version__, registry
 from isthmus.claims import Ledger
 from isthmus.cli.main import main
+from making import MakeSystem
 
 START = (
     "import sys; from pathlib import Path; from isthmus import registry;"

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import isthmus
-from conftest import MakeSystem
 from isthmus import registry
+from making import MakeSystem
 
 PACKAGE = Path(isthmus.__file__).parent
 

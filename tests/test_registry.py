@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from conftest import MakeSystem
 from isthmus import registry
 from isthmus.errors import InvalidInputError, UnknownNameError
+from making import MakeSystem
 
 
 def test_header_is_read(systems_root: Path, make_system: MakeSystem) -> None:

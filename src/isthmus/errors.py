@@ -8,6 +8,7 @@ means a bug in isthmus. Tree::
     ├── InvalidInputError     a value that is out of range, of the wrong kind or empty
     ├── UnsupportedModelError a model that cannot be decoded exactly, with the reason
     ├── MismatchError         two things that must belong together and do not (vocabularies, ...)
+    ├── DeadEnd               bans and constraints leave no token to go on with
     ├── BrokenFileError       a file that is missing, truncated, altered or cannot be written
     └── MissingExtraError     an optional dependency is not installed; names the pip command
 """
@@ -58,6 +59,10 @@ class UnsupportedModelError(IsthmusError):
 
 class MismatchError(IsthmusError):
     """Two things that must belong together do not, for example two vocabularies."""
+
+
+class DeadEnd(IsthmusError):  # noqa: N818
+    """Bans and constraints leave no token to go on with."""
 
 
 class BrokenFileError(IsthmusError):

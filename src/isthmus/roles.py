@@ -261,12 +261,22 @@ class Law(Protocol):
     """From raw logits to the distribution that a token is drawn from.
 
     Attributes:
-        greedy: Whether the likeliest token is taken.
         taps: Inner states of the target that its reshapes read.
+        drafting: The law for a drafter's own logits: this one without the reshapes that combine
+            models, read the target's inner states or keep what the target has said.
     """
 
-    greedy: bool
     taps: Taps
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
+        ...
+
+    @property
+    def drafting(self) -> Law:
+        """See above."""
+        ...
 
     def begin(self, context: Context, target: Target, **inputs: Any) -> None:
         """Start on new rows."""
@@ -296,6 +306,9 @@ class Reshape(Protocol):
     Attributes:
         stage: When it has its turn.
         taps: Inner states of the target that it reads, in ``context.features``.
+
+    One that keeps what the target has said, and so must not hear a drafter's logits, says so by
+    ``hears = True``.
     """
 
     stage: Stage
@@ -311,6 +324,62 @@ class Reshape(Protocol):
 
     def __call__(self, logits: torch.Tensor, tree: TokenTree, context: Context) -> torch.Tensor:
         """New logits [B, N, V], float32 or wider; -inf bans a token."""
+        ...
+
+
+@runtime_checkable
+class Constraint(Protocol):
+    """What a text may be, compiled for one vocabulary.
+
+    States are values: moving on makes a new one, so that the branches of a tree and the beams of a
+    search need no copies. Masks are int32 [R, W], a bit for each token, the lowest bit first.
+    :class:`isthmus.decoding.constrained.Constrained` makes a reshape of it.
+
+    Attributes:
+        exact: Whether everything that was asked for is held; False only where the caller has
+            agreed to less.
+    """
+
+    exact: bool
+
+    def start(self) -> Any:
+        """The state before the first token."""
+        ...
+
+    def advance(self, state: Any, token: int) -> Any:
+        """The state after one more token; after a forbidden one it is dead."""
+        ...
+
+    def rollback(self, state: Any, count: int) -> Any:
+        """The state ``count`` tokens ago."""
+        ...
+
+    def mask(self, states: Sequence[Any]) -> torch.Tensor:
+        """Tokens that may follow each state, int32 [R, W]; end tokens where the text may end."""
+        ...
+
+    def mask_tree(self, state: Any, tokens: Sequence[int], parents: Sequence[int]) -> torch.Tensor:
+        """Masks of all nodes of a tree whose root has the given state, int32 [N, W]."""
+        ...
+
+    def accepting(self, state: Any) -> bool:
+        """Whether the text may end here."""
+        ...
+
+    def forced(self, state: Any) -> tuple[int, ...]:
+        """Tokens of the text that follows whatever the model says: drafts that always stand."""
+        ...
+
+
+@runtime_checkable
+class Forkable(Protocol):
+    """A reshape, or the side state of a search, that follows hypotheses as they are copied."""
+
+    def fork(self, parents: Sequence[int], requests: Sequence[int]) -> None:
+        """Go on as ``requests``, each from a copy of the state of its parent request.
+
+        A request may be the parent of several or of none; others than those named are let go.
+        """
         ...
 
 
@@ -356,14 +425,22 @@ class Search(Protocol):
 
     width: int
 
-    def start(self, rows: int, generator: torch.Generator) -> None:
-        """Begin on B rows, one hypothesis each."""
+    def start(
+        self,
+        rows: int,
+        generator: torch.Generator,
+        *,
+        end_tokens: Sequence[int],
+        max_new_tokens: int,
+    ) -> None:
+        """Begin on B rows, one empty hypothesis each, that end at these tokens or this length."""
         ...
 
     def step(self, logprobs: torch.Tensor) -> Choice | None:
         """Choose among the continuations, log-probabilities [B, W, V]; None when all is done.
 
-        The loop reorders and forks caches and side states after ``Choice.parent``.
+        W is 1 in the first step. :func:`isthmus.decoding.search.search` reorders and forks caches
+        and the states of reshapes after ``Choice.parent``.
         """
         ...
 

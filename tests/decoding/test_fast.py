@@ -285,3 +285,35 @@ def test_load_keeps_bfloat16_weights_and_is_exact_without_padding() -> None:
 def test_a_plain_decoder_takes_no_encoder_inputs() -> None:
     with pytest.raises(InvalidInputError, match="no encoder inputs"):
         FastTarget(make("Llama")).session(1, input_ids=torch.ones(1, 3, dtype=torch.int64))
+
+
+def test_another_default_dtype_does_not_reach_the_kernel() -> None:
+    """A model that is being loaded in another thread changes it for the whole process."""
+    model = isthmus.load()
+    want = model.generate("def add(a, b):", max_new_tokens=16, drafter="none").tokens
+    fresh = isthmus.load()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert fresh.generate("def add(a, b):", max_new_tokens=16, drafter="none").tokens == want
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_room_for_many_nodes_is_room_for_fewer(two_threads: None) -> None:
+    config = tf.LlamaConfig(
+        vocab_size=32,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=2048,
+    )
+    torch.manual_seed(0)
+    model = tf.LlamaForCausalLM(config).eval()
+    text = torch.randint(0, 32, (1, 333), generator=torch.Generator().manual_seed(1))
+    target = FastTarget(model)
+    for count in (300, 64, 65, 7, 33):  # the buffers stay those of the largest
+        got = target.session(1).score(TokenTree(text[:, :count], chain_topology(count))).logits
+        with torch.no_grad():
+            want = model(text[:, :count]).logits
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

@@ -51,6 +51,8 @@ def answer_file(
     lines = read_lines(text.splitlines(), "standard input" if str(source) == "-" else str(source))
     seed = options.pop("seed")
     settings = {k: v for k, v in {**load, **options, "seed": seed}.items() if k != "device"}
+    if "constraint" in options:
+        settings["constraint"] = vars(options["constraint"])
     seed = secrets.randbits(32) if seed is None else seed
     journal = None if str(output) == "-" else Journal(output, text, settings, seed)
     if journal is not None:

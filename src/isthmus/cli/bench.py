@@ -19,6 +19,7 @@ def decode(
     peers: Annotated[bool, Parameter(negative="")] = False,
     prompts: int = 8,
     prompt_tokens: int = 96,
+    prose: Annotated[bool, Parameter(negative="")] = False,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     repeats: int = 5,
@@ -39,6 +40,7 @@ def decode(
             class of precision and in int8. One alone is a method too: "ctranslate2 int8".
         prompts: Number of prompts, from held-out files of Python's standard library.
         prompt_tokens: Length of each prompt.
+        prose: Take prompts from inside the docstrings of those files.
         max_new_tokens: Tokens to write for each; end tokens are ignored.
         temperature: 0 is greedy.
         repeats: Timed repeats after one warm-up; medians are shown.
@@ -76,7 +78,7 @@ def decode(
             install = "isthmus bench peers --install"
             console(stderr=True).print(*(f"without {n}: {install} {n}" for n in missing), sep="\n")
         chosen += [m for m in engines.methods(number) if m not in chosen]
-    ids = pycode.prompts(prompts, loaded.tokenizer, prompt_tokens)
+    ids = pycode.prompts(prompts, loaded.tokenizer, prompt_tokens, prose=prose)
     screen = console(stderr=True)
     with screen.status("") as status:
 
@@ -100,6 +102,7 @@ def decode(
                 "dtype": number,
                 "device": str(loaded.target.device),
                 "max_new_tokens": max_new_tokens,
+                "prose": prose,
                 "temperature": temperature,
                 "repeats": repeats,
                 "methods": [r.to_dict() for r in rows],
@@ -403,6 +406,86 @@ def roofline(
             end_section=row.nodes == 64,
         )
     screen.print(table)
+    return 0
+
+
+def growth(
+    *,
+    model: Annotated[tuple[str, ...], Parameter(name=["--model", "-m"])] = (),
+    cached: tuple[int, ...] = (),
+    rows: tuple[int, ...] = (),
+    dtype: str = "auto",
+    device: str = "auto",
+    figure: Path | None = None,
+    json: bool = False,
+) -> int:
+    """Time one new token as the model, the cached text and the batch grow, beside the floors.
+
+    Args:
+        model: Folders, hub ids or reference models; give several times. Default: the embedded one,
+            pycode-100m and pycode-500m, which it was grown to.
+        cached: Cached tokens; give several times. Batches are timed at the first. Default: 128,
+            512, 1024 and 2048, as far as a model's context goes.
+        rows: Batch sizes; give several times. Default: 1, 2, 4 ... 32.
+        dtype: auto, float32, bfloat16, float16 or float64.
+        device: auto, cpu, cuda ...
+        figure: Draw the three curves: a .png, .svg or .pdf file.
+        json: Print one JSON object and nothing else on standard output.
+    """
+    quiet_transformers()
+    from isthmus.api import load
+    from isthmus.laws.forwards import check_picture
+    from isthmus.laws.growth import CACHED, ROWS, draw_growth, growth
+    from isthmus.laws.roofline import dtype_name, roof_of
+
+    if min((*cached, *rows), default=1) < 1:
+        raise InvalidInputError("cached tokens and rows must be at least 1")
+    if figure is not None:
+        check_picture(figure)
+    points, names = [], model or ("", "pycode-100m", "pycode-500m")
+    roof = None
+    with console(stderr=True).status("measuring the machine") as status:
+        for each in names:
+            name = each or "embedded model"
+            target = load(each, dtype=dtype, device=device).target
+            roof = roof or roof_of(target.device, fresh=True)
+            status.update(f"timing {name}")
+            lengths = sorted(cached) or CACHED
+            points += growth({name: target}, roof, cached=lengths, rows=sorted(rows) or ROWS)
+            number = dtype_name(target.dtype)
+            del target
+    assert roof is not None
+    if figure is not None:
+        draw_growth(figure, points, title=f"{number}, {roof.device}")
+    if json:
+        from isthmus.claims import Provenance
+
+        print_json(
+            {
+                "machine": roof.to_dict(),
+                "dtype": number,
+                "points": [p.to_dict() for p in points],
+                "provenance": vars(Provenance.gather()),
+            }
+        )
+        return 0
+    from rich.table import Table
+
+    table = Table(title=f"one new token a row, {number}, {roof.memory.best / 1e9:.1f} GB/s")
+    for heading in ("model", "weights", "cached", "rows", "floor ms", "measured ms", "ms a token"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for i, p in enumerate(points):
+        table.add_row(
+            p.model,
+            _size(p.weights),
+            str(p.cached),
+            str(p.rows),
+            f"{p.floor_ms:.2f}",
+            f"{p.measured_ms:.2f}",
+            f"{p.measured_ms / p.rows:.2f}",
+            end_section=i + 1 == len(points) or points[i + 1].model != p.model,
+        )
+    console().print(table)
     return 0
 
 

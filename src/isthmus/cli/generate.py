@@ -30,6 +30,13 @@ def generate(
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
     stop: tuple[str, ...] = (),
+    json_schema: str = "",
+    regex: str = "",
+    grammar: Annotated[Path | None, Parameter(allow_leading_hyphen=True)] = None,
+    choice: Annotated[tuple[str, ...], Parameter(allow_leading_hyphen=True)] = (),
+    lenient: bool = False,
+    strategy: str = "",
+    set: tuple[str, ...] = (),
     seed: int | None = None,
     dtype: str = "auto",
     device: str = "auto",
@@ -70,6 +77,14 @@ def generate(
         min_p: Leave out tokens below this share of the most likely one.
         repetition_penalty: Above 1 makes repeated tokens less likely.
         stop: Strings that end the text; may be given several times.
+        json_schema: The text has to be JSON that validates under this schema, a file or its text.
+        regex: The text has to match this regular expression as a whole.
+        grammar: The text has to follow the Lark grammar in this file.
+        choice: The text has to be one of these; give the option once for each.
+        lenient: Hold what can be held of a JSON Schema that cannot be held exactly, and say
+            whether the answer validates.
+        strategy: How tokens are chosen: contrastive-search, beam, top-p ...; help lists them.
+        set: A setting of the strategy as key=value; may be given several times.
         seed: Seed of the sampling.
         dtype: auto, float32, bfloat16, float16 or float64; int8 rounds the weights, which changes
             the model a little.
@@ -95,6 +110,15 @@ def generate(
         "stop": list(stop),
         "seed": seed,
     }
+    constraint = _constraint(json_schema, regex, grammar, choice, lenient)
+    if constraint is not None:
+        options["constraint"] = constraint
+    if strategy == "help":
+        from isthmus.cli.strategies import strategies
+
+        strategies()
+        return 0
+    options |= _strategy(strategy, set)
     places: dict[str, Any] = {
         "dtype": dtype,
         "device": device,
@@ -155,6 +179,44 @@ def generate(
     law = "" if result.lossless else ", lossless: no (the text may differ from plain decoding)"
     print(f"[{result.drafter}] {result.stats.line()}{law}", file=sys.stderr)
     return code
+
+
+def _constraint(
+    schema: str, pattern: str, grammar: Path | None, choice: tuple[str, ...], lenient: bool
+) -> Any:
+    """What the options ask for, or None."""
+    given = [bool(schema), bool(pattern), grammar is not None, bool(choice)]
+    if sum(given) > 1:
+        raise InvalidInputError("give one of --json-schema, --regex, --grammar and --choice")
+    if lenient and not schema:
+        raise InvalidInputError("--lenient goes with --json-schema")
+    if not any(given):
+        return None
+    from isthmus.decoding import constraint as kinds
+
+    if schema:
+        return kinds.json_schema(schema, lenient=lenient)
+    if pattern:
+        return kinds.regex(pattern)
+    return kinds.choice(choice) if choice else kinds.grammar(Path(str(grammar)))
+
+
+def _strategy(name: str, settings: tuple[str, ...]) -> dict[str, Any]:
+    """The strategy's name and its settings, once they are known to be right."""
+    if settings and not name:
+        raise InvalidInputError("--set goes with --strategy; `isthmus strategies` lists them")
+    if not name:
+        return {}
+    given = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise InvalidInputError(f"--set takes key=value, got {setting!r}")
+        given[key.strip().replace("-", "_")] = value.strip()
+    from isthmus.decoding.strategies import make
+
+    make(name, given)
+    return {"strategy": name, **given}
 
 
 def _prompt(prompt: str, file: Path | None) -> str:

@@ -27,6 +27,16 @@ app.command(
     name="generate",
     help="Write text with a model, faster than plain decoding and with the same output.",
 )
+app.command(
+    "isthmus.cli.serve:serve",
+    name="serve",
+    help="Serve a model over HTTP, with the interface that OpenAI's clients speak.",
+)
+app.command(
+    "isthmus.cli.strategies:strategies",
+    name="strategies",
+    help="List the decoding strategies, their settings, and whether drafts go with them.",
+)
 app.command("isthmus.cli.train:train", name="train", help="Train a drafter for a model of yours.")
 app.command(
     "isthmus.cli.train:export",
@@ -54,6 +64,11 @@ bench.command(
     help="The speculative family: one target, the same prompts, greedy and sampled.",
 )
 bench.command(
+    "isthmus.cli.bench:growth",
+    name="growth",
+    help="How the cost of a token grows with the model, what is cached, and the batch.",
+)
+bench.command(
     "isthmus.cli.bench:guide",
     name="guide",
     help="Which drafter fits a model and its texts, measured before it is advised.",
@@ -67,6 +82,11 @@ bench.command(
     "isthmus.cli.bench:roofline",
     name="roofline",
     help="Forwards of a model beside the least time that this machine allows.",
+)
+bench.command(
+    "isthmus.cli.bench_serve:serve",
+    name="serve",
+    help="A server under load, beside that of transformers.",
 )
 app.command(bench)
 

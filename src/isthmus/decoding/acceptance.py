@@ -416,16 +416,25 @@ class Typical:
 
 
 class Lossless:
-    """The exact rule for what is at hand: Greedy, Match or Rejection."""
+    """The exact rule for what is at hand: Greedy, Match or Rejection.
+
+    Args:
+        seed: Where rows sample, chains and chosen trees are judged by shared noise keyed on it
+            (:class:`Coupled`): the same text whoever drafts. None draws from the generator.
+    """
 
     lossless = True
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int | None = None) -> None:
         self._greedy, self._match, self._rejection = Greedy(), Match(), Rejection()
+        self._coupled = None if seed is None else Coupled(seed)
+        self.noise = None if self._coupled is None else self._coupled.noise
 
     def accept(self, tree: TokenTree, logits: torch.Tensor, context: Context) -> Verdict:
         """See :class:`isthmus.roles.Acceptance`."""
         if context.law.greedy:
             return self._greedy.accept(tree, logits, context)
+        if self._coupled is not None and (tree.draw == "point" or tree.is_chain):
+            return self._coupled.accept(tree, logits, context)
         rule = self._match if tree.draw == "point" else self._rejection
         return rule.accept(tree, logits, context)

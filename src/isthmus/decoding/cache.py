@@ -88,12 +88,23 @@ class Arena:
             )
             buffer[:, :, :, start:end] = buffer.gather(3, index)
 
-    def select(self, rows: torch.Tensor) -> Arena:
-        """A copy that holds the given rows [R]."""
+    def select(self, rows: Sequence[int], used: int) -> Arena:
+        """A copy that holds the first ``used`` slots of the given rows, and as much room."""
         twin = object.__new__(Arena)
-        twin.keys = self.keys.index_select(1, rows)
-        twin.values = self.values.index_select(1, rows)
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_empty(old.shape[0], len(rows), *old.shape[2:])
+            for place, row in enumerate(rows):  # an index would copy the empty slots too
+                new[:, place, :, :used] = old[:, row, :, :used]
+            setattr(twin, name, new)
         return twin
+
+    def reorder(self, rows: Sequence[int], used: int) -> None:
+        """Give every row the slots of another, in place; rows that stay are not touched."""
+        moved = [(place, row) for place, row in enumerate(rows) if place != row]
+        to, source = torch.tensor(moved, device=self.keys.device).unbind(1)
+        for buffer in (self.keys, self.values):
+            buffer[:, to, :, :used] = buffer[:, source, :, :used]
 
     def join(self, other: Arena, used: tuple[int, int]) -> Arena:
         """A copy that holds the rows of both, of which the given numbers of slots are in use."""
@@ -235,13 +246,13 @@ class SlotCache:
         width = max(counts)
         if self.dense and min(counts) != width:
             self._mark()
-        if width:
+        steps = torch.arange(width, device=self.device)
+        if not bool(((path[:, :width] == steps) | ~kept[:, :width]).all()):
             source = path[:, :width].clamp(min=0) + start
             for arena in self.arenas:
                 arena.move_rows(source, start)
         if not self.dense:
             lengths = torch.tensor(self.lengths, device=self.device)
-            steps = torch.arange(width, device=self.device)
             self.pos[:, start : start + width] = lengths[:, None] + steps
             self.live[:, start : start + width] = kept[:, :width]
         self.lengths = [n + c for n, c in zip(self.lengths, counts, strict=True)]
@@ -295,12 +306,23 @@ class SlotCache:
     def select(self, rows: Sequence[int]) -> SlotCache:
         """A copy that holds the given rows."""
         index = torch.tensor(list(rows), device=self.pos.device)
-        twin = self._twin([arena.select(index) for arena in self.arenas])
+        twin = self._twin([arena.select(rows, self.used) for arena in self.arenas])
         twin.used, twin.dense = self.used, self.dense
         twin.lengths = [self.lengths[r] for r in rows]
         twin.pos, twin.live = self.pos.index_select(0, index), self.live.index_select(0, index)
         twin.compact()
         return twin
+
+    def reorder(self, rows: Sequence[int]) -> None:
+        """Let row b go on as a copy of ``rows[b]``, in place; as many rows as there are."""
+        if list(rows) == list(range(self.batch)):
+            return
+        for arena in self.arenas:
+            arena.reorder(rows, self.used)
+        self.lengths = [self.lengths[r] for r in rows]
+        if not self.dense:
+            index = torch.tensor(list(rows), device=self.pos.device)
+            self.pos, self.live = self.pos[index], self.live[index]
 
     def join(self, other: SlotCache) -> SlotCache:
         """A copy that holds the rows of both, this one's first.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from isthmus.decoding.acceptance import Lossless
+from isthmus.decoding.companion import Accompanied, Companion
 from isthmus.decoding.drafters import ModelDrafter
 from isthmus.decoding.tree import TokenTree, chain_topology
 from isthmus.errors import InvalidInputError, MismatchError
@@ -50,6 +51,49 @@ def contrast(
     # in logarithms log(0) = -inf keeps everything, and the best token always passes
     floor = best + torch.tensor(plausibility, dtype=log_e.dtype, device=log_e.device).log()
     return torch.where((log_e >= floor) & (log_e > -torch.inf), scores, -torch.inf)
+
+
+class ContrastiveDecoding(Accompanied):
+    """The contrastive law as a reshape: the amateur is asked at every node of a draft.
+
+    Args:
+        amateur: A weaker model with the same vocabulary.
+        strength: beta of the improved form; 0 is the expert's own law, cut to the plausible set.
+        plausibility: alpha.
+        temperature: Of the amateur.
+        original: The form ``log p_e - log p_a``; its authors give the amateur temperature 0.5.
+
+    Raises:
+        InvalidInputError: A number is out of range.
+    """
+
+    def __init__(
+        self,
+        amateur: Target,
+        *,
+        strength: float = 0.5,
+        plausibility: float = 0.1,
+        temperature: float = 1.0,
+        original: bool = False,
+    ) -> None:
+        if strength < 0.0 or not 0.0 <= plausibility <= 1.0 or temperature <= 0.0:
+            raise InvalidInputError(
+                "contrastive decoding needs a strength of 0 or more, a plausibility within 0 and 1 "
+                f"and a temperature above 0, got {strength}, {plausibility}, {temperature}"
+            )
+        super().__init__(Companion(amateur))
+        self.strength, self.plausibility = strength, plausibility
+        self.temperature, self.original = temperature, original
+
+    def combine(self, logits: torch.Tensor, others: list[torch.Tensor]) -> torch.Tensor:
+        """Contrastive scores [B, N, V]."""
+        return contrast(
+            logits,
+            others[0].to(logits) / self.temperature,
+            strength=self.strength,
+            plausibility=self.plausibility,
+            original=self.original,
+        )
 
 
 class Amateur(ModelDrafter):

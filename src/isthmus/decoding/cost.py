@@ -161,19 +161,25 @@ class Machine:
 
 
 def measure_cost(
-    target: HubTarget, *, rows: int = 1, length: int = 128, budget_s: float = 1.5
+    target: HubTarget,
+    *,
+    rows: int = 1,
+    length: int = 128,
+    nodes: Sequence[int] = (),
+    budget_s: float = 1.5,
 ) -> Cost:
-    """Time forwards of 1, 2, 4 ... 64 nodes a row, interleaved.
+    """Time forwards of some numbers of nodes a row, interleaved.
 
     Args:
         target: The model to time.
         rows: Rows of the batch, of unlike length.
         length: Cached tokens while timing.
+        nodes: Nodes a row, growing; 1, 2, 4 ... 64 when none are given.
         budget_s: Stop repeating after this many seconds (each count is timed at least once, but
             for those that can hardly pay: more than ``DEAREST`` forwards of one node).
     """
-    nodes = [n for n in NODES if target.reach != "step" or n == 1]
-    length = max(1, min(length, (target.max_length or 10**9) - 66))
+    nodes = [n for n in nodes or NODES if target.reach != "step" or n == 1]
+    length = max(1, min(length, (target.max_length or 10**9) - max(nodes) - 2))
     session = _session(target, rows)
     session.prefill([torch.zeros(length - b % 2, dtype=torch.int64) for b in range(rows)])
     trees = {}

@@ -15,12 +15,20 @@ from isthmus.decoding.acceptance import Lossless
 from isthmus.decoding.engine import Request, decode
 from isthmus.decoding.law import ROW_WISE, Law
 from isthmus.decoding.model import Model, as_list, drafters
+from isthmus.decoding.search import search
 from isthmus.decoding.stopping import Stopper
+from isthmus.decoding.strategies import Strategy, choose, law_options
 from isthmus.errors import InvalidInputError, UnknownNameError
 
 
-def custom_generate(name: str = "auto", *, draft_model: Any = None) -> Callable[..., torch.Tensor]:
-    """A drafter as a callable for transformers' ``generate(custom_generate=...)``.
+def custom_generate(
+    name: str = "auto",
+    *,
+    draft_model: Any = None,
+    strategy: str | Strategy | None = None,
+    **settings: Any,
+) -> Callable[..., torch.Tensor]:
+    """A drafter, or a strategy, as a callable for transformers' ``generate(custom_generate=...)``.
 
     Example::
 
@@ -32,13 +40,23 @@ def custom_generate(name: str = "auto", *, draft_model: Any = None) -> Callable[
     Args:
         name: A drafter's name; see :func:`drafters`.
         draft_model: A draft model of transformers with the same vocabulary, or None.
+        strategy: A decoding strategy, by name or made already; it decides how tokens are chosen,
+            behind the processors that transformers prepared.
+        settings: Settings of the strategy.
 
     Returns:
         A function that transformers calls; it returns int64 [B, T] sequences.
 
     Raises:
-        UnknownNameError: No such drafter.
+        UnknownNameError: No such drafter, strategy or setting.
+        InvalidInputError: Settings that the strategy does not take, or a drafter where nothing can
+            be drafted.
     """
+    chosen = None
+    if strategy is not None or settings:
+        chosen, _ = choose(strategy or "greedy", settings, {})
+        if chosen.alone and name not in ("auto", "none"):
+            raise InvalidInputError(f"{chosen.name} takes no drafts: {chosen.alone}; use 'none'")
     if name not in drafters():
         raise UnknownNameError("drafter", name, drafters())
     made: dict[int, Model] = {}  # one facade for each model, so that `auto` keeps what it learned
@@ -61,6 +79,7 @@ def custom_generate(name: str = "auto", *, draft_model: Any = None) -> Callable[
             stopping_criteria,
             generation_config,
             kwargs,
+            chosen,
         )
 
     return run
@@ -74,10 +93,14 @@ def _transformers_generate(
     criteria: Any,
     config: Any,
     kwargs: dict[str, Any],
+    strategy: Strategy | None = None,
 ) -> torch.Tensor:
     """Run the engine on what transformers' ``generate`` prepared; returns int64 [B, T]."""
     if config.num_beams > 1:
-        raise InvalidInputError("isthmus decodes without beams; set num_beams=1")
+        raise InvalidInputError(
+            "num_beams is transformers' own search; set num_beams=1 and give custom_generate "
+            'strategy="beam"'
+        )
     if config.return_dict_in_generate:
         raise InvalidInputError(
             "custom_generate returns sequences; set return_dict_in_generate=False"
@@ -118,15 +141,35 @@ def _transformers_generate(
     # the seed comes from torch's global state, as every draw of `generate` does
     generator = torch.Generator(device).manual_seed(int(torch.randint(2**62, (1,))))
     streamer = kwargs.get("streamer")
+    prepared = _unpadded(processors, padded=any(len(r) < width for r in rows))
+    pieces, law = None, Law(processors=prepared, greedy=not config.do_sample)
+    if strategy is not None:
+        pieces = strategy.pieces(facade)
+        law = Law(**law_options(pieces, {"processors": prepared}))
+    if pieces is not None and pieces.search is not None:
+        if others:
+            raise InvalidInputError("a search takes no stopping criteria but length and end tokens")
+        new = [
+            list(answers[0].tokens)
+            for answers in search(
+                facade.target,
+                [row.cpu() for row in rows],
+                pieces.search,
+                max_new_tokens=config.max_length - width,
+                end_tokens=as_list(config.eos_token_id),
+                law=law,
+                generator=generator,
+                inputs=inputs,
+                renormalize=pieces.renormalize,
+            )
+        ]
+        return _padded(input_ids, new, config)
     for emitted in decode(
         facade.target,
         requests,
         policy=facade.policy(name),
         acceptance=Lossless(),
-        law=Law(
-            processors=_unpadded(processors, padded=any(len(r) < width for r in rows)),
-            greedy=not config.do_sample,
-        ),
+        law=law,
         generator=generator,
         inputs=inputs,
     ):
@@ -135,11 +178,16 @@ def _transformers_generate(
                 streamer.put(torch.tensor(tokens))
     if streamer is not None:
         streamer.end()
+    return _padded(input_ids, [r.result.tokens for r in requests], config)
+
+
+def _padded(input_ids: torch.Tensor, new: list[list[int]], config: Any) -> torch.Tensor:
+    """Prompts and answers as transformers returns them, int64 [B, T]."""
     pad = config.pad_token_id
     pad = as_list(config.eos_token_id)[0] if pad is None and config.eos_token_id else pad or 0
-    longest = max(len(r.result.tokens) for r in requests)
-    new = [r.result.tokens + [pad] * (longest - len(r.result.tokens)) for r in requests]
-    return torch.cat([input_ids, torch.tensor(new, device=device)], 1)
+    longest = max(len(tokens) for tokens in new)
+    rows = [tokens + [pad] * (longest - len(tokens)) for tokens in new]
+    return torch.cat([input_ids, torch.tensor(rows, device=input_ids.device)], 1)
 
 
 def _unpadded(processors: Any, *, padded: bool) -> list[Any]:

@@ -313,7 +313,11 @@ class ModelDrafter:
             bare = TokenTree(tree.tokens, tree.topology)
             logits = self._fit(self._session.score(bare).logits)
             self._session.keep(nothing)
-            law = context.law.logits(logits, bare, context) if self.process else logits.float()
+            law = (
+                context.law.drafting.logits(logits, bare, context)
+                if self.process
+                else logits.float()
+            )
             frontier = law[:, level_nodes]  # [B, F, V]
             if point:
                 fresh = frontier.topk(width, -1).indices
@@ -365,7 +369,9 @@ class ModelDrafter:
         bare = TokenTree(tree.tokens, tree.topology, tree.valid)
         logits = self._fit(self._session.score(bare).logits)
         self._session.keep(torch.full_like(bare.tokens[:, :0], -1))
-        return context.law.logits(logits, bare, context) if self.process else logits.float()
+        return (
+            context.law.drafting.logits(logits, bare, context) if self.process else logits.float()
+        )
 
     def grow(
         self,

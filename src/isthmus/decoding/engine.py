@@ -54,6 +54,9 @@ from isthmus.roles import (
 PREFILL_TOKENS = 512
 """Prompt tokens that are read between two rounds of the rows at work: bounds their wait."""
 
+PATIENCE = 8
+"""Rounds after which rows join or leave though they are less than a quarter of the batch."""
+
 
 @dataclass
 class Request:
@@ -66,12 +69,14 @@ class Request:
         result: Filled in as decoding goes on.
         inputs: Encoder inputs of this request alone, first axis 1; the second is padded with
             zeros where sources of unlike length are encoded together.
+        trace: Keep the drafted tokens of its rounds.
     """
 
     prompt: torch.Tensor
     stopper: Stopper
     result: Generation = field(default_factory=Generation)
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    trace: bool = False
 
 
 def decode(
@@ -147,16 +152,17 @@ def check_prompt(request: Request, max_length: int | None) -> None:
 
 
 def _inside(part: Any) -> list[Any]:
-    """The drafters inside a policy or a drafter."""
-    inner = [getattr(part, "drafter", None), *getattr(part, "drafters", ())]
-    return [drafter for drafter in inner if drafter is not None]
+    """The drafters and the policy inside a policy or a drafter."""
+    inner = [getattr(part, name, None) for name in ("policy", "drafter")]
+    inner += getattr(part, "drafters", ())
+    return [part for part in inner if part is not None]
 
 
 def wanted(part: Any) -> Taps:
     """What a policy, drafter or acceptance rule taps, and what the drafters inside it do."""
     taps: Taps = getattr(part, "taps", Taps())
-    for drafter in _inside(part):
-        taps |= wanted(drafter)
+    for inner in _inside(part):
+        taps |= wanted(inner)
     return taps
 
 
@@ -173,7 +179,7 @@ def extendable(part: Any) -> bool:
 
     own = place("extend") <= min(place("begin"), place("select"))
     able = own and callable(getattr(part, "extend", None))
-    return able and all(extendable(drafter) for drafter in _inside(part))
+    return able and all(extendable(inner) for inner in _inside(part))
 
 
 def collate(rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -233,6 +239,7 @@ class _Loop:
         # a row may come with several images, so the inputs of all are split only where they must be
         self.total = len(requests) if isinstance(requests, Sequence) else None
         self.admitted = 0  # requests that have left the line
+        self.rounds = self.joined = self.left = 0  # so far, and when rows last joined or left
         self.requests: dict[int, Request] = {}
         self.since: dict[int, float] = {}
         self.newcomers: _Newcomers | None = None
@@ -248,6 +255,7 @@ class _Loop:
                 self.prefill(self.newcomers)
             if self.context.batch:
                 yield self.round()
+                self.rounds += 1
                 self.drop_finished()
             self.admit()
 
@@ -265,15 +273,19 @@ class _Loop:
         return Context(ids, lengths, list(lengths), self.law, self.generator, list(indices), noise)
 
     def admit(self) -> None:
-        """Let the head of the line take the free places, once they are a quarter of the batch."""
+        """Let the head of the line take the free places, once they are a quarter of the batch.
+
+        Joining copies the batch, so one place alone waits a few rounds, but never for other rows.
+        """
         free = None if self.batch_size is None else self.batch_size - self.context.batch
-        enough = self.grows and free is not None and 4 * free >= (self.batch_size or 0) > 0
+        worth = free is not None and 4 * free >= (self.batch_size or 0) > 0
+        enough = self.grows and (worth or self.rounds - self.joined >= PATIENCE)
         if self.newcomers or (self.context.batch and not enough):
             return
         fresh = list(islice(self.line, free))
         if not fresh:
             return
-        start = time.perf_counter()
+        start, self.joined = time.perf_counter(), self.rounds
         first, self.admitted = self.admitted, self.admitted + len(fresh)
         for index, request in enumerate(fresh, first):
             check_prompt(request, self.target.max_length)
@@ -400,7 +412,7 @@ class _Loop:
         """Cut each row where it ends, roll the cache back to what stands, write the tokens."""
         context = self.context
         tokens, steps, finals = tree.tokens.tolist(), path.tolist(), final.tolist()
-        drafted = tree.drafted()
+        drafted, ids = tree.drafted(), context.ids.numpy()  # on the CPU: a view
         emitted, accepted, keep, cut = [], [], [], False
         for b, index in enumerate(context.requests):
             request = self.requests[index]
@@ -415,14 +427,15 @@ class _Loop:
             kept = request.stopper.cut(request.result.tokens, new)
             new = new[:kept]
             n = context.lengths[b]
-            context.ids[b, n : n + kept] = torch.tensor(new)
+            ids[b, n : n + kept] = new
             context.lengths[b] = n + kept
             keep.append(kept)  # the root and all but the last of the new tokens
             cut = cut or kept < depth
             result = request.result
             result.tokens += new
             result.finish_reason = request.stopper.reason
-            self.count(result, tree, b, drafted[b], min(depth - 1, kept), kept, drafter)
+            trace = self.trace or request.trace
+            self.count(result, tree, b, drafted[b], min(depth - 1, kept), kept, drafter, trace)
             emitted.append((index, new))
         if cut:
             width = torch.arange(path.shape[1], device=path.device)
@@ -440,6 +453,7 @@ class _Loop:
         accepted: int,
         emitted: int,
         drafter: Any,
+        trace: bool,
     ) -> None:
         """Add one round to the result."""
         stats = result.stats
@@ -448,7 +462,7 @@ class _Loop:
         stats.drafted += drafted
         stats.accepted += accepted
         detail: dict[str, Any] = {}
-        if self.trace and tree.nodes > 1:
+        if trace and tree.nodes > 1:
             parents = tree.topology.parent.expand(tree.batch, -1)[row]
             alive = tree.alive[row]
             detail["drafted"] = tuple(torch.where(alive, tree.tokens[row], -1)[1:].tolist())
@@ -457,12 +471,14 @@ class _Loop:
         result.rounds.append(RoundTrace(name, drafted, accepted, emitted, **detail))
 
     def drop_finished(self) -> None:
-        """Remove finished rows once they are a quarter of the batch."""
+        """Remove finished rows once they are a quarter of the batch, or after a few rounds."""
         context = self.context
         alive = self.alive()
         gone = context.batch - len(alive)
-        if gone == 0 or (alive and gone * 4 < context.batch):
+        soon = gone * 4 < context.batch and self.rounds - self.left < PATIENCE
+        if gone == 0 or (alive and soon):
             return
+        self.left = self.rounds
         assert context.session is not None
         context.session = context.session.fork(alive) if alive else None
         if alive:

@@ -1,4 +1,4 @@
-"""The fast target: a supported decoder run by one compiled kernel instead of module by module.
+"""The fast target: a supported model run by one compiled kernel instead of module by module.
 
 It is a :class:`~isthmus.decoding.target.HubTarget` with the same sessions and the same cache; only
 the forward of a session is another one. Weights are read where transformers has them, so nothing is
@@ -7,18 +7,24 @@ less than the model itself. That both agree is checked when the target is made.
 
 Weights may change in place or be moved; hooks that are put on modules later are not run.
 
+An encoder-decoder model is three programs: its encoder, the keys and values that its decoder reads
+of the encoder's output (both once for each source), and its decoder.
+
 Sums are taken in an order that depends neither on the number of nodes nor on the slot of a key, so
 plain and speculative decoding compute the same numbers bit for bit.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from transformers.modeling_outputs import BaseModelOutput
 
-from isthmus.decoding.native import Kernel
-from isthmus.decoding.program import lower
+from isthmus.decoding.lower import Lowered, lower
+from isthmus.decoding.native import Kernel, Stored
 from isthmus.decoding.target import HubTarget, SlotSession, tolerance
 from isthmus.decoding.tree import TokenTree, Topology
 from isthmus.errors import UnsupportedModelError
@@ -26,12 +32,15 @@ from isthmus.roles import Features, Scores, Session, Taps
 
 
 class FastTarget(HubTarget):
-    """A decoder-only model of transformers, run by the compiled kernel.
+    """A decoder-only or encoder-decoder model of transformers, run by the compiled kernel.
 
     Args:
         model: The model, in eval mode, on the CPU, in float32 or bfloat16.
 
     Attributes:
+        kernel: Runs the decoder.
+        encoder: Runs the encoder; None where there is none, or where it stays the model's own.
+        bridge: Makes keys and values of the encoder's output, where there is an encoder.
         weights: ``"int8"`` once they are rounded.
 
     Raises:
@@ -39,7 +48,10 @@ class FastTarget(HubTarget):
             cannot be compiled here, or the two do not agree.
     """
 
+    lowered: Lowered
     kernel: Kernel
+    encoder: Kernel | None = None
+    bridge: Kernel | None = None
     weights = ""
 
     def __init__(self, model: Any) -> None:
@@ -62,26 +74,35 @@ class FastTarget(HubTarget):
         generator = torch.Generator().manual_seed(1)
         tokens = torch.randint(0, self.vocab_size, (prefix + 4,), generator=generator)
         path = [0, 1, 3]
-        session = self.session(1)
+        inputs = self.probe_inputs()
+        encoded = super().encode(**inputs) if inputs else None
+        session = self.session(1, **inputs)
         session.prefill([tokens[:prefix]])
         tree = TokenTree(tokens[None, prefix:], Topology.of([-1, 0, 0, 1]))
         got = session.score(tree).logits[0, path]
         whole = torch.cat([tokens[:prefix], tokens[prefix:][path]])
-        want = self.forward(whole[None]).logits[0, prefix:].float()
+        want = super().forward(whole[None], encoded=encoded).logits[0, prefix:].float()
         return float((got - want).abs().max() / (want.max() - want.min()).clamp(min=1e-9))
 
     def _prepare(self) -> None:
         name = type(self.model).__name__
-        if self.encoder_decoder or self.recurrent or self.takes_images:
+        if self.recurrent or self.takes_images:
             raise UnsupportedModelError(f"{name} is not a plain decoder with a key/value cache")
         if len(set(self.layout)) > 1:
             raise UnsupportedModelError(f"the layers of {name} cache keys of different shapes")
         windows = [(self.window or 0) if kind == "sliding" else 0 for kind in self.kinds]
         try:
-            self.kernel = Kernel(lower(self.model, windows))
+            self.lowered = lower(self.model, windows)
+            self._start()
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{name} has no fast forward: {error}") from error
         self.state_dtype = torch.float32
+
+    def _start(self) -> None:
+        parts = self.lowered.decoder, self.lowered.encoder, self.lowered.bridge
+        made = [None if program is None else Kernel(program) for program in parts]
+        assert made[0] is not None
+        self.kernel, self.encoder, self.bridge = made[0], *made[1:]
 
     def to_int8(self) -> None:
         """Round the weights to int8, which makes another model of it, though a close one.
@@ -91,8 +112,9 @@ class FastTarget(HubTarget):
         Raises:
             UnsupportedModelError: A width that the kernel cannot take in int8.
         """
-        self.kernel.program.to_int8()
-        self.kernel = Kernel(self.kernel.program)
+        for program in self.lowered.programs:
+            program.to_int8()
+        self._start()
         self.weights = "int8"
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -105,19 +127,96 @@ class FastTarget(HubTarget):
 
     def session(self, batch: int, **inputs: Any) -> Session:
         """Open a session; see :meth:`HubTarget.session`."""
-        if self.kernel.program.stale:
+        if self.lowered.stale:
             self._prepare()
             if self.weights:
                 self.to_int8()
-        if inputs:
-            return super().session(batch, **inputs)  # which says that there is no encoder
-        return FastSession(self, batch, {})
+        self.check_inputs(inputs)
+        return FastSession(self, batch, self.encode(**inputs) if inputs else {})
+
+    @torch.no_grad()
+    def encode(self, **inputs: Any) -> dict[str, Any]:
+        """Run the encoder once; see :meth:`HubTarget.encode`. Its output is float32.
+
+        What a row becomes does not depend on the others.
+        """
+        mask = inputs.get("attention_mask")
+        encoded: dict[str, Any] = {} if mask is None else {"attention_mask": mask}
+        if "encoder_outputs" in inputs:
+            states = inputs["encoder_outputs"][0].float()
+        elif self.encoder is None or "input_ids" not in inputs:
+            first = next((x for x in inputs.values() if torch.is_tensor(x)), torch.empty(1))
+            alone = [{name: x[i : i + 1] for name, x in inputs.items()} for i in range(len(first))]
+            parts = [super(FastTarget, self).encode(**row)["encoder_outputs"][0] for row in alone]
+            states = torch.cat(parts).float()
+        else:
+            tokens = inputs["input_ids"]
+            batch, count = tokens.shape
+            store = self._store(self.encoder, 1, batch, count, mask)
+            last = self.encoder.program.layers + 1
+            places = torch.arange(count).expand(batch, -1)
+            _, taken = self.encoder.forward(tokens, places, store, tapped=(last,), logits=False)
+            assert taken is not None
+            states = taken[0]
+        return encoded | {"encoder_outputs": BaseModelOutput(last_hidden_state=states)}
+
+    def source(self, encoded: dict[str, Any]) -> Stored:
+        """Keys and values of the encoder's output for every decoder layer."""
+        assert self.bridge is not None
+        states = encoded["encoder_outputs"][0]
+        layers = self.bridge.program.layers
+        batch, count = states.shape[:2]
+        stored = self._store(self.bridge, layers, batch, count, encoded.get("attention_mask"))
+        self.bridge.store(states, stored)
+        return stored
+
+    def _store(
+        self, kernel: Kernel, layers: int, batch: int, count: int, mask: torch.Tensor | None
+    ) -> Stored:
+        """Room for ``count`` source tokens a row, of which a mask [B, T] says which are seen."""
+        shape = layers, batch, kernel.program.kv_heads, count, kernel.program.head_dim
+        lengths, live = torch.full((batch,), count), None
+        if mask is not None and not bool(mask.all()):
+            lengths, live = mask.sum(1).long(), in_order(mask > 0)
+        return Stored(
+            torch.empty(shape, dtype=torch.float32),
+            torch.empty(shape, dtype=torch.float32),
+            count,
+            lengths,
+            live,
+        )
+
+    def forward(
+        self, tokens: torch.Tensor, *, encoded: dict[str, Any] | None = None, **options: Any
+    ) -> Scores:
+        """One call of the model itself; see :meth:`HubTarget.forward`."""
+        if encoded:
+            states = encoded["encoder_outputs"][0].to(self.dtype)
+            encoded = encoded | {"encoder_outputs": BaseModelOutput(last_hidden_state=states)}
+        return super().forward(tokens, encoded=encoded, **options)
+
+
+def in_order(seen: torch.Tensor) -> torch.Tensor:
+    """Slots bool [B, S] that are seen, in order, int32 [B, S]; the rest follows.
+
+    Example:
+        >>> in_order(torch.tensor([[False, True, True]])).tolist()
+        [[1, 2, 0]]
+    """
+    order = torch.sort((~seen).to(torch.uint8), dim=1, stable=True).indices
+    return order.to(torch.int32).contiguous()  # a mask may lie column by column
 
 
 class FastSession(SlotSession):
     """A session whose forwards are run by the kernel."""
 
     target: FastTarget
+    source: Stored | None = None
+
+    def __init__(self, target: FastTarget, batch: int, encoded: dict[str, Any]) -> None:
+        super().__init__(target, batch, encoded)
+        if encoded:
+            self.source = target.source(encoded)
 
     def _run(self, tree: TokenTree, *, taps: Taps | None = None, last_only: bool = False) -> Scores:
         cache, kernel = self.cache, self.target.kernel
@@ -126,11 +225,14 @@ class FastSession(SlotSession):
         logits, states = kernel.forward(
             tree.tokens,
             self._positions(tree),
-            keys=cache.arenas[0].keys,
-            values=cache.arenas[0].values,
-            used=cache.used,
-            lengths=torch.tensor(cache.lengths),
-            live=self._live(),
+            Stored(
+                cache.arenas[0].keys,
+                cache.arenas[0].values,
+                cache.used,
+                torch.tensor(cache.lengths),
+                self._live(),
+            ),
+            source=self.source,
             ancestors=None if tree.is_chain else tree.topology.ancestors,
             tapped=layers,
             logits=not last_only,
@@ -147,8 +249,56 @@ class FastSession(SlotSession):
         _, live = self.cache.slots()
         if live is None:
             return None
-        # committed tokens are appended in the order of their positions
-        return torch.sort((~live).to(torch.uint8), dim=1, stable=True).indices.to(torch.int32)
+        return in_order(live)  # committed tokens are appended in the order of their positions
+
+    def fork(self, rows: Sequence[int]) -> SlotSession:
+        """Copies of the given rows."""
+        twin = super().fork(rows)
+        if self.source is not None and isinstance(twin, FastSession):
+            index, old = torch.tensor(list(rows)), self.source
+            twin.source = Stored(
+                old.keys.index_select(1, index),
+                old.values.index_select(1, index),
+                old.used,
+                old.lengths[index],
+                None if old.live is None else old.live[index],
+            )
+        return twin
+
+    def join(self, other: Session) -> SlotSession:
+        """Copies of the rows of both sessions, this one's first.
+
+        Raises:
+            MismatchError: The other session is that of another target.
+        """
+        twin = super().join(other)
+        if self.source is not None and isinstance(twin, FastSession):
+            assert isinstance(other, FastSession) and other.source is not None
+            twin.source = join_sources(self.source, other.source)
+        return twin
+
+
+def join_sources(first: Stored, second: Stored) -> Stored:
+    """The rows of both, with room for the longer ones."""
+    pair, width = (first, second), max(first.used, second.used)
+
+    def longer(x: torch.Tensor, slots: int) -> torch.Tensor:
+        return F.pad(x, (*(0, 0) * (x.ndim == 5), 0, width - slots))
+
+    lives = [
+        torch.arange(s.used, dtype=torch.int32).expand(len(s.lengths), -1)
+        if s.live is None
+        else s.live
+        for s in pair
+    ]
+    whole = first.live is None and second.live is None
+    return Stored(
+        torch.cat([longer(s.keys, s.used) for s in pair], 1),
+        torch.cat([longer(s.values, s.used) for s in pair], 1),
+        width,
+        torch.cat([s.lengths for s in pair]),
+        None if whole else torch.cat([longer(x, s.used) for x, s in zip(lives, pair, strict=True)]),
+    )
 
 
 def best_target(model: Any) -> HubTarget:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from isthmus.roles import RoundTrace
+from isthmus.roles import Hypothesis, RoundTrace
 
 
 @dataclass
@@ -89,6 +89,7 @@ class Generation:
         rounds: One entry per round.
         stats: Counts and clocks.
         notes: What a user should know, for example that drafting was not possible.
+        hypotheses: All answers that a search found, best first; empty without one.
     """
 
     text: str = ""
@@ -100,6 +101,7 @@ class Generation:
     rounds: list[RoundTrace] = field(default_factory=list)
     stats: Stats = field(default_factory=Stats)
     notes: list[str] = field(default_factory=list)
+    hypotheses: list[Hypothesis] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: everything but the drafted tokens of each round."""
@@ -121,4 +123,8 @@ class Generation:
                 for r in self.rounds
             ],
             "notes": self.notes,
+            "hypotheses": [
+                {"tokens": list(h.tokens), "logprob": h.logprob, "score": h.score}
+                for h in self.hypotheses
+            ],
         }

@@ -9,7 +9,9 @@ them by their stage. A decoder is lossless with respect to this processed law.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from transformers.generation import logits_process as lp
 
 from isthmus.decoding.tree import TokenTree, chain_topology
 from isthmus.errors import InvalidInputError
-from isthmus.roles import Context, Reshape, Taps, Target
+from isthmus.roles import Context, Forkable, Reshape, Taps, Target
 
 ROW_WISE = (
     lp.TemperatureLogitsWarper,
@@ -109,6 +111,7 @@ class Law:
                     "several draft tokens at once; decode with transformers instead"
                 )
         self.processors = chain
+        self._drafting: Law | None = None
 
     def _at(self, stage: str) -> list[Any]:
         return [reshape for reshape in self.reshapes if reshape.stage == stage]
@@ -122,6 +125,38 @@ class Law:
         """Let the reshapes forget requests that have left."""
         for reshape in self.reshapes:
             reshape.forget(requests)
+
+    def fork(self, parents: Sequence[int], requests: Sequence[int]) -> None:
+        """Let the reshapes follow hypotheses that are copied; see :class:`isthmus.roles.Forkable`.
+
+        Raises:
+            InvalidInputError: A reshape cannot.
+        """
+        for reshape in self.reshapes:
+            if not isinstance(reshape, Forkable):
+                raise InvalidInputError(
+                    f"{type(reshape).__name__} cannot follow the hypotheses of a search; use it "
+                    "with greedy decoding or sampling"
+                )
+            reshape.fork(parents, requests)
+
+    @property
+    def drafting(self) -> Law:
+        """This law without the reshapes that draft tokens cannot go through.
+
+        Those combine models, read the target's inner states, or keep what the target has said. A
+        draft may be drawn from any law, so that nothing is lost by leaving them out.
+        """
+        if self._drafting is None:
+            kept = [reshape for reshape in self.reshapes if for_drafts(reshape)]
+            self._drafting = self
+            if len(kept) < len(self.reshapes):
+                left_out = [r for r in self.reshapes if not for_drafts(r)]
+                small = self._drafting = copy.copy(self)
+                small.reshapes, small.taps = tuple(kept), Taps()
+                small.processors = [p for p in self.processors if p not in left_out]
+                small._drafting = small
+        return self._drafting
 
     @property
     def plain(self) -> bool:
@@ -168,6 +203,97 @@ class Law:
     def probs(self, logits: torch.Tensor, tree: TokenTree, context: Context) -> torch.Tensor:
         """Probabilities [B, N, V], exact zeros for banned tokens."""
         return torch.softmax(self.logits(logits, tree, context), -1)
+
+
+class Laws:
+    """The laws of requests that share a batch, each with its own.
+
+    While rows that sample are at work, a row that does not has all its probability on its likeliest
+    token, so that one acceptance rule serves both.
+
+    Args:
+        own: Law of every request; looked up as its row begins, and removed once it has left.
+
+    Attributes:
+        taps: None of their reshapes may read inner states.
+
+    Example:
+        >>> laws = Laws({0: Law(), 1: Law(temperature=1.0)})
+        >>> laws.greedy
+        True
+    """
+
+    taps = Taps()
+
+    def __init__(self, own: dict[int, Law]) -> None:
+        self._own = own
+        self._active: dict[int, Law] = {}
+
+    @property
+    def greedy(self) -> bool:
+        """Whether no row at work samples."""
+        return all(law.greedy for law in self._active.values())
+
+    @property
+    def drafting(self) -> Laws:
+        """The laws for a drafter's own logits; see :class:`isthmus.roles.Law`."""
+        twin = Laws({})
+        twin._active = {request: law.drafting for request, law in self._active.items()}
+        return twin
+
+    def begin(self, context: Context, target: Target, **inputs: Any) -> None:
+        """Start on new rows.
+
+        Raises:
+            InvalidInputError: A reshape reads inner states.
+        """
+        for b, request in enumerate(context.requests):
+            law = self._active[request] = self._own[request]
+            if law.taps:
+                raise InvalidInputError("a strategy that reads inner states cannot share a batch")
+            law.begin(self._row(context, b, law), target, **inputs)
+
+    def forget(self, requests: Sequence[int]) -> None:
+        """Let go of requests that have left."""
+        for request in requests:
+            self._own.pop(request, None)
+            law = self._active.pop(request, None)
+            if law is not None:
+                law.forget([request])
+
+    @staticmethod
+    def _row(context: Context, b: int, law: Law) -> Context:
+        return replace(
+            context,
+            ids=context.ids[b : b + 1],
+            lengths=[context.lengths[b]],
+            prompt_lengths=[context.prompt_lengths[b]],
+            requests=[context.requests[b]],
+            law=law,
+            features=None,
+        )
+
+    def logits(self, logits: torch.Tensor, tree: TokenTree, context: Context) -> torch.Tensor:
+        """Processed logits [B, N, V], float32 or wider; each row by its own law."""
+        mixed = not self.greedy
+        rows = []
+        for b, request in enumerate(context.requests):
+            law = self._active[request]
+            row = law.logits(logits[b : b + 1], tree.row(b), self._row(context, b, law))
+            if mixed and law.greedy:
+                best = row.argmax(-1, keepdim=True)
+                row = torch.full_like(row, -torch.inf).scatter(-1, best, 0.0)
+            rows.append(row)
+        return torch.cat(rows)
+
+    def probs(self, logits: torch.Tensor, tree: TokenTree, context: Context) -> torch.Tensor:
+        """Probabilities [B, N, V], exact zeros for banned tokens."""
+        return torch.softmax(self.logits(logits, tree, context), -1)
+
+
+def for_drafts(reshape: Reshape) -> bool:
+    """Whether a drafter's own logits can go through a reshape."""
+    return not (reshape.taps or reshape.stage == "combine" or getattr(reshape, "hears", False))
 
 
 class StableTopP(lp.TopPLogitsWarper):
@@ -217,7 +343,7 @@ def chain_logits(logits: torch.Tensor, context: Context, drafted: torch.Tensor) 
     tokens = torch.cat([context.roots().to(drafted.device)[:, None], drafted], 1)
     tree = TokenTree(tokens, chain_topology(tokens.shape[1]))
     full = logits[:, None].expand(-1, tokens.shape[1], -1)
-    return context.law.logits(full, tree, context)[:, -1]
+    return context.law.drafting.logits(full, tree, context)[:, -1]
 
 
 def draw_next(

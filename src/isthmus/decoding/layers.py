@@ -68,11 +68,7 @@ class LayerSlices:
     def __init__(self, target: HubTarget) -> None:
         self.target = target
         decoder = target.model.get_decoder()
-        norms = (
-            getattr(decoder, name, None)
-            for name in ("norm", "ln_f", "final_layernorm", "final_layer_norm")
-        )
-        self.norm: Any = next((n for n in norms if n is not None), None)
+        self.norm: Any = target.final_norm
         self.rotary: Any = getattr(decoder, "rotary_emb", None)
         self._table: Any = getattr(decoder, "wpe", None)
         kinds = getattr(target.config, "layer_types", None)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+import inspect
+import time
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -13,6 +15,9 @@ import torch
 
 from isthmus import registry
 from isthmus.decoding.acceptance import Coupled, Lossless
+from isthmus.decoding.bytevocab import ByteVocab
+from isthmus.decoding.constrained import Constrained, Ending, Forced
+from isthmus.decoding.constraint import Compiler, DeadEnd, Grammar, Spec, as_spec
 from isthmus.decoding.cost import Costs, cost
 from isthmus.decoding.drafters import ModelDrafter, PromptLookup, Union
 from isthmus.decoding.engine import Request, check_prompt, decode
@@ -21,11 +26,16 @@ from isthmus.decoding.fast import FastTarget, best_target
 from isthmus.decoding.generation import Generation
 from isthmus.decoding.law import Law
 from isthmus.decoding.policy import Auto, Fixed
+from isthmus.decoding.search import search
 from isthmus.decoding.stopping import Detokenizer, Stopper
+from isthmus.decoding.strategies import Pieces, Strategy, choose, law_options
 from isthmus.decoding.target import HubTarget
 from isthmus.decoding.trained import read_config
 from isthmus.errors import InvalidInputError, UnknownNameError
-from isthmus.roles import Acceptance, Policy, Shape
+from isthmus.roles import Acceptance, Policy, Reshape, Shape
+
+Wanted = Spec | Mapping[str, Any]
+"""A constraint as callers give it; a mapping is a JSON Schema."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +46,13 @@ class Prompt:
         prompt: Text or token ids, as for :meth:`Model.generate`.
         max_new_tokens: Its own budget.
         seed: Its own seed.
+        constraint: Its own constraint.
     """
 
     prompt: str | torch.Tensor | Sequence[int]
     max_new_tokens: int | None = None
     seed: int | None = None
+    constraint: Wanted | None = None
 
 
 BUILT_IN = ("none", "auto", "prompt-lookup")
@@ -87,6 +99,7 @@ class Model:
         self.draft_model = None if draft_model is None else _target(draft_model, fast)
         self.last = Generation()
         self._policies: dict[str, Policy] = {}
+        self._compilers: dict[tuple[int, ...], Compiler] = {}
 
     def generate(
         self,
@@ -102,6 +115,8 @@ class Model:
         trace: bool = False,
         ignore_end: bool = False,
         inputs: dict[str, Any] | None = None,
+        constraint: Wanted | None = None,
+        strategy: str | Strategy | None = None,
         **sampling: Any,
     ) -> Any:
         """Decode one prompt or a batch.
@@ -114,7 +129,9 @@ class Model:
                 trained drafter, or a policy.
             num_draft_tokens: Draft nodes a round, where the drafter takes a number.
             stop: Strings that end the answer; the text is cut before them.
-            seed: Seed of every random draw.
+            seed: Seed of every random draw. With one, the text depends neither on the drafter
+                nor on what the machine is busy with (:class:`~.acceptance.Coupled`), and is that
+                of ``isthmus serve``; some drafters of drawn trees are the exception.
             law: A complete law, instead of ``sampling``.
             acceptance: Another acceptance rule than the exact one for what is at hand.
             trace: Keep the drafted tokens of every round.
@@ -123,6 +140,10 @@ class Model:
                 ``prompt`` (for example ``input_features``); then ``prompt`` holds the decoder's
                 start tokens and may be empty. For models that read images, what stands for the
                 image placeholders of the prompt (``pixel_values``).
+            constraint: What every answer has to be: a JSON Schema, or what one of the functions of
+                :mod:`isthmus.decoding.constraint` returns.
+            strategy: A decoding strategy, by name (see :mod:`isthmus.decoding.strategies`) or
+                made already; its settings are then given like ``sampling``.
             sampling: ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty``,
                 ``processors``; see :class:`isthmus.decoding.law.Law`.
 
@@ -133,6 +154,24 @@ class Model:
             IsthmusError: Bad input; the message says what to do.
         """
         many = isinstance(prompt, (list, tuple)) and not _is_ids(prompt)
+        if strategy is not None:
+            pieces, sampling = self._strategy(strategy, drafter, law, sampling)
+            if pieces.search is not None:
+                _no("a search", stop=stop, acceptance=acceptance, num_draft_tokens=num_draft_tokens)
+                searched = Law(**sampling)
+                if constraint is not None:
+                    grammar = self.compile(constraint, ignore_end=ignore_end)
+                    searched = constrained_law(Constrained(grammar), sampling)
+                found = self._search(
+                    list(prompt) if many else [prompt],
+                    pieces,
+                    max_new_tokens=max_new_tokens,
+                    seed=seed,
+                    ignore_end=ignore_end,
+                    inputs=inputs,
+                    law=searched,
+                )
+                return found if many else found[0]
         strategy_type = own_loop(drafter)
         if strategy_type is not None:
             asked = {
@@ -141,6 +180,7 @@ class Model:
                 "acceptance": acceptance,
                 "inputs": inputs,
                 "num_draft_tokens": num_draft_tokens,
+                "constraint": constraint,
             }
             given = [name for name, value in asked.items() if value]
             given += [name for name, value in sampling.items() if value != NEUTRAL.get(name)]
@@ -178,6 +218,7 @@ class Model:
             trace=trace,
             ignore_end=ignore_end,
             inputs=inputs,
+            constraint=constraint,
             **sampling,
         )
         try:
@@ -206,6 +247,8 @@ class Model:
         stop: Sequence[str] = (),
         seed: int | None = None,
         ignore_end: bool = False,
+        constraint: Wanted | None = None,
+        strategy: str | Strategy | None = None,
         **sampling: Any,
     ) -> Iterator[tuple[int, Generation]]:
         """Decode any number of prompts with continuous batching: a place is never left empty.
@@ -225,6 +268,8 @@ class Model:
             stop: Strings that end an answer.
             seed: Seed of the prompts without one of their own; each has its own noise.
             ignore_end: Do not stop at end tokens, for measurements.
+            constraint: Constraint of prompts without one of their own.
+            strategy: As for :meth:`generate`.
             sampling: As for :meth:`generate`.
 
         Yields:
@@ -239,7 +284,13 @@ class Model:
             raise InvalidInputError(f"batch_size must be at least 1, got {batch_size}")
         asked = (p if isinstance(p, Prompt) else Prompt(p) for p in prompts)
         name = drafter if isinstance(drafter, str) else "custom"
-        if own_loop(drafter) is not None:
+        searches = False
+        if strategy is not None:
+            pieces, options = self._strategy(strategy, drafter, None, sampling)
+            searches = pieces.search is not None
+            if not searches:
+                sampling, strategy = options, None
+        if searches or own_loop(drafter) is not None:
             for number, one in enumerate(asked):
                 yield (
                     number,
@@ -250,11 +301,18 @@ class Model:
                         num_draft_tokens=num_draft_tokens,
                         stop=stop,
                         seed=seed if one.seed is None else one.seed,
+                        constraint=one.constraint or constraint,
+                        strategy=strategy,
                         **sampling,
                     ),
                 )
             return
-        law, policy = Law(**sampling), self.policy(drafter, num_draft_tokens)
+        policy = self.policy(drafter, num_draft_tokens)
+        rule = rule_of(policy)
+        shared = None if constraint is None else self.compile(constraint, ignore_end=ignore_end)
+        grammars: dict[int, Grammar | None] = {}
+        reshape = Constrained(shared, grammars)
+        law, policy = constrained_law(reshape, sampling), Forced(policy, reshape)
         generator = self._generator(seed)
         seeds: dict[int, int] = {}
         noise = Coupled(generator.initial_seed(), seeds)
@@ -268,7 +326,10 @@ class Model:
                 budget = max_new_tokens if one.max_new_tokens is None else one.max_new_tokens
                 try:
                     (start,), inputs = self._sources([one.prompt], None)
-                    request = self._request(start, budget, name, stop, ignore_end)
+                    grammar = shared
+                    if one.constraint is not None:
+                        grammar = self.compile(one.constraint, ignore_end=ignore_end)
+                    request = self._request(start, budget, name, stop, ignore_end, grammar)
                     check_prompt(request, self.target.max_length)
                 except InvalidInputError as error:
                     result = Generation(finish_reason="error", drafter=name, notes=[str(error)])
@@ -278,14 +339,14 @@ class Model:
                 index = next(place)
                 if one.seed is not None:
                     seeds[index] = one.seed
-                numbers[index] = number, request
+                numbers[index], grammars[index] = (number, request), grammar
                 yield request
 
         for emitted in decode(
             self.target,
             line(),
             policy=policy,
-            acceptance=rule_of(policy) or (Lossless() if law.greedy else noise),
+            acceptance=rule or (Lossless() if law.greedy else noise),
             law=law,
             generator=generator,
             batch_size=batch_size,
@@ -294,7 +355,12 @@ class Model:
                 if numbers[index][1].result.finish_reason:
                     number, request = numbers.pop(index)
                     seeds.pop(index, None)
-                    self._finish(request)
+                    grammars.pop(index)
+                    try:
+                        self._finish(request)
+                    except DeadEnd as error:
+                        request.result.finish_reason = "error"
+                        request.result.notes.append(str(error))
                     yield number, request.result
             yield from pop_all(refused)
         yield from pop_all(refused)
@@ -312,7 +378,18 @@ class Model:
             New text, never taken back. The generator's return value is the
             :class:`~isthmus.decoding.generation.Generation`.
         """
-        if own_loop(options.get("drafter", "auto")) is not None:
+        whole = own_loop(options.get("drafter", "auto")) is not None
+        strategy = options.get("strategy")
+        if strategy is not None and not whole:
+            known = inspect.signature(self._job).parameters
+            given = {k: v for k, v in options.items() if k not in known and k != "strategy"}
+            pieces, sampling = self._strategy(
+                strategy, options.get("drafter", "auto"), options.get("law"), given
+            )
+            whole = pieces.search is not None
+            if not whole:
+                options = {**{k: v for k, v in options.items() if k in known}, **sampling}
+        if whole:
             self.last = self.generate(prompt, **options)
             yield self.last.text
             return self.last
@@ -444,6 +521,65 @@ class Model:
             )
         return ids.cpu()
 
+    def _strategy(
+        self,
+        strategy: str | Strategy,
+        drafter: str | Policy,
+        law: Law | None,
+        sampling: dict[str, Any],
+    ) -> tuple[Pieces, dict[str, Any]]:
+        """Parts of a strategy, and the options of their law."""
+        if law is not None:
+            raise InvalidInputError("give a strategy or a complete law, not both")
+        chosen, rest = choose(strategy, sampling, {**NEUTRAL, "temperature": 0.0})
+        if chosen.alone and drafter not in ("auto", "none"):
+            raise InvalidInputError(
+                f"{chosen.name} takes no drafts: {chosen.alone}; leave the drafter out"
+            )
+        pieces = chosen.pieces(self)
+        return pieces, law_options(pieces, rest)
+
+    def _search(
+        self,
+        prompts: list[Any],
+        pieces: Pieces,
+        *,
+        max_new_tokens: int,
+        seed: int | None,
+        ignore_end: bool,
+        inputs: dict[str, Any] | None,
+        law: Law,
+    ) -> list[Generation]:
+        """Best hypothesis of each prompt, the others beside it."""
+        starts, inputs = self._sources(prompts, inputs)
+        requests = [self._request(s, max_new_tokens, "none", (), ignore_end) for s in starts]
+        for request in requests:
+            check_prompt(request, self.target.max_length)
+        assert pieces.search is not None
+        clock = time.perf_counter()
+        found = search(
+            self.target,
+            starts,
+            pieces.search,
+            max_new_tokens=min(r.stopper.max_new_tokens for r in requests),
+            end_tokens=sorted(requests[0].stopper.end_tokens),
+            law=law,
+            generator=self._generator(seed),
+            inputs=inputs,
+            renormalize=pieces.renormalize,
+        )
+        for request, hypotheses in zip(requests, found, strict=True):
+            result, best = request.result, hypotheses[0]
+            result.prompt_tokens = len(request.prompt)
+            result.tokens, result.hypotheses = list(best.tokens), hypotheses
+            ended = best.tokens[-1] in request.stopper.end_tokens
+            result.finish_reason = "stop" if ended else "length"
+            result.stats.new_tokens = len(best.tokens)
+            result.stats.target_forwards = max(len(h.tokens) for h in hypotheses)
+            result.stats.seconds = time.perf_counter() - clock
+            self._finish(request)
+        return [request.result for request in requests]
+
     def _job(
         self,
         prompts: list[Any],
@@ -458,20 +594,33 @@ class Model:
         trace: bool = False,
         ignore_end: bool = False,
         inputs: dict[str, Any] | None = None,
+        constraint: Wanted | None = None,
         **sampling: Any,
     ) -> _Job:
-        law = law or Law(**sampling)
         policy = self.policy(drafter, num_draft_tokens)
+        rule = acceptance or rule_of(policy) or Lossless(seed)
+        grammar = None
+        if constraint is not None:
+            if law is not None:
+                raise InvalidInputError(
+                    "a constraint and a complete law do not go together; give the law a "
+                    "Constrained reshape, or sampling options"
+                )
+            grammar = self.compile(constraint, ignore_end=ignore_end)
+            reshape = Constrained(grammar)
+            law, policy = constrained_law(reshape, sampling), Forced(policy, reshape)
+        law = law or Law(**sampling)
         starts, inputs = self._sources(prompts, inputs)
         name = drafter if isinstance(drafter, str) else "custom"
         requests = [
-            self._request(start, max_new_tokens, name, stop, ignore_end) for start in starts
+            self._request(start, max_new_tokens, name, stop, ignore_end, grammar)
+            for start in starts
         ]
         rounds = decode(
             self.target,
             requests,
             policy=policy,
-            acceptance=acceptance or rule_of(policy) or Lossless(),
+            acceptance=rule,
             law=law,
             generator=self._generator(seed),
             inputs=inputs,
@@ -480,15 +629,21 @@ class Model:
         return _Job(requests, rounds)
 
     def _request(
-        self, start: torch.Tensor, budget: int, drafter: str, stop: Sequence[str], ignore_end: bool
+        self,
+        start: torch.Tensor,
+        budget: int,
+        drafter: str,
+        stop: Sequence[str],
+        ignore_end: bool,
+        grammar: Grammar | None = None,
     ) -> Request:
         if budget < 1:
             raise InvalidInputError(f"max_new_tokens must be at least 1, got {budget}")
-        ends = [] if ignore_end else as_list(self.target.model.generation_config.eos_token_id)
         stopper = Stopper(
             max_new_tokens=budget,
-            end_tokens=ends,
+            end_tokens=self._ends(ignore_end),
             stop=[stop] if isinstance(stop, str) else stop,
+            criteria=None if grammar is None else Ending(grammar),
             tokenizer=self.tokenizer,
         )
         result = Generation(drafter=drafter)
@@ -496,6 +651,32 @@ class Model:
             name = type(self.target.model).__name__
             result.notes.append(f"{name} is exact one token at a time only; nothing is drafted")
         return Request(start, stopper, result)
+
+    def _ends(self, ignore_end: bool) -> tuple[int, ...]:
+        ends = self.target.model.generation_config.eos_token_id
+        return () if ignore_end else tuple(as_list(ends))
+
+    def compile(self, constraint: Wanted, *, ignore_end: bool = False) -> Grammar:
+        """A constraint for this model's vocabulary, compiled now or before.
+
+        Args:
+            constraint: A JSON Schema, or what one of the functions of
+                :mod:`isthmus.decoding.constraint` returns.
+            ignore_end: As for :meth:`generate`; the answer ends with the constraint all the same.
+
+        Raises:
+            UnsupportedConstraint: It cannot be held; the message has the reason.
+            InvalidInputError: There is no tokenizer.
+            MissingExtraError: llguidance is not installed.
+        """
+        if self.tokenizer is None:
+            raise InvalidInputError("a constraint needs a tokenizer; this model has none")
+        ends = self._ends(ignore_end)
+        if ends not in self._compilers:
+            self._compilers[ends] = Compiler(
+                ByteVocab(self.tokenizer), self.target.vocab_size, ends
+            )
+        return self._compilers[ends].compile(as_spec(constraint))
 
     def _generator(self, seed: int | None) -> torch.Generator:
         generator = torch.Generator(self.target.device)
@@ -542,6 +723,21 @@ class Model:
             result.text = request.stopper.text
         elif self.tokenizer is not None:
             result.text = self.tokenizer.decode(result.tokens, skip_special_tokens=True)
+        if isinstance(request.stopper.criteria, Ending):
+            request.stopper.criteria.close(result)
+
+
+def constrained_law(reshape: Constrained, sampling: dict[str, Any]) -> Law:
+    """The law of some sampling options under a constraint."""
+    others: tuple[Reshape, ...] = tuple(sampling.get("reshapes", ()))
+    return Law(**{**sampling, "reshapes": (*others, reshape)})
+
+
+def _no(who: str, **options: Any) -> None:
+    """Refuse options that do not go with something."""
+    given = [name for name, value in options.items() if value]
+    if given:
+        raise InvalidInputError(f"{who} takes no {', '.join(given)}")
 
 
 def pop_all(items: list[Any]) -> Iterator[Any]:

@@ -31,7 +31,7 @@ typedef vi any_vi __attribute__((aligned(1), may_alias));
 
 enum { FLOAT32, BFLOAT16, INT8 };
 enum { NONE, SILU, GELU_TANH, GELU, RELU };
-enum { EMBED, NORM, LINEAR, ROTATE, ATTEND, TAP };
+enum { EMBED, NORM, LINEAR, ROTATE, ATTEND, TAP, SPREAD };
 
 struct Pieces;
 
@@ -41,33 +41,46 @@ typedef struct {
   int32_t source, target, add, wait;  /* buffers; add to the target; threads meet afterwards */
   int64_t in_width, out_width;        /* K and O of a LINEAR; widths of rows elsewhere */
   int64_t stride, offset;             /* of LINEAR's O values in a row of the target */
-  const void *weight, *gate;          /* gate: target = activation(gate x) * (weight x) */
+  const void *weight, *gate;          /* gate: target = activation(gate x) * (weight x); EMBED: the
+                                         table of positions, whose first row is at offset */
   const float *scale, *gate_scale;    /* [O] of int8 weights */
-  const void *bias;                   /* [O] of a LINEAR */
+  const void *bias;                   /* [O] of a LINEAR, [D] of a NORM */
   int64_t bias_dtype;
-  float eps, factor;                  /* factor: of scores (ATTEND), of rows (EMBED) */
+  float eps, factor;                  /* factor: of scores (ATTEND), of rows (EMBED, LINEAR) */
   int64_t window;                     /* keys seen, counted from the query; 0 is all */
+  int32_t mean, store;                /* NORM: subtract the mean; ATTEND: which store */
+  int32_t whole, biased;              /* ATTEND: all that is stored and no node, ROTATE: nodes are all
+                                         that is stored; ATTEND: add SPREAD's table */
 } Op;
+
+/* Keys and values of all layers. */
+typedef struct {
+  float *keys, *values;               /* [L, B, H_kv, capacity, D] */
+  int64_t capacity, layer_stride;     /* in slots; in elements */
+  int64_t used;                       /* slots in use in every row */
+  const int32_t *live;                /* [B, used] slots that are seen, in order, or null: all */
+  const int64_t *lengths;             /* [B] how many they are */
+} Store;
 
 /* One call: B rows of N nodes on top of what is cached. */
 typedef struct {
-  int64_t batch, nodes, used;         /* used: slots in use in every row */
+  int64_t batch, nodes;
   const int64_t *tokens, *positions;  /* [B, N] */
   const uint8_t *ancestors;           /* [1 or B, N, N], or null for a chain */
   int64_t ancestor_stride;            /* 0 when all rows are alike */
-  const int32_t *live;                /* [B, used] slots of committed tokens, or null: all */
-  const int64_t *lengths;             /* [B] committed tokens of each row */
-  float *keys, *values;               /* [L, B, H_kv, capacity, D] */
-  int64_t capacity, layer_stride;     /* in slots; in elements */
+  Store stores[2];                    /* what came before the nodes; the encoder's output */
   int64_t heads, kv_heads, head_dim, rotary_dim;
   int64_t threads;
   const float *cosines, *sines;       /* [positions, rotary_dim] */
+  const int32_t *buckets;             /* [span] of key minus query, the first one -reach */
+  int64_t span, reach;
   float *buffers[8];                  /* [B * N, width] each */
   float *taps;                        /* [taps, B * N, D], in the order of TAP's layer field */
   const int32_t *tapped;              /* place of each TAP in taps, or -1 */
   float *scratch;                     /* [threads, scratch_size] */
   int64_t scratch_size;
   struct Pieces *pieces;              /* [operations], zero */
+  float *dealt;                       /* [B * N + 1, widest]: what many nodes are multiplied from */
 } Call;
 
 #define UNROLL _Pragma("GCC unroll 8")
@@ -115,24 +128,27 @@ static inline float read_as(const void *p, int64_t i, int dtype) {
   return dtype == FLOAT32 ? ((const float *)p)[i] : from_bf16(((const uint16_t *)p)[i]);
 }
 
-/* e^x within two units of the last place; x is clamped to where the result is normal. */
-static inline vf expv(vf x) {
-  const vf low = splat(-87.3f), high = splat(88.3f);
-  vi below = x < low, above = x > high;
-  x = (vf)(((vi)low & below) | ((vi)high & above) | ((vi)x & ~(below | above)));
-  const vf magic = splat(12582912.0f);  /* 1.5 * 2^23: adding it rounds to an integer */
-  vf n = (x * 1.44269504f + magic) - magic;
-  vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  vf p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  vi power = (__builtin_convertvector(n, vi) + 127) << 23;
-  return p * (vf)power;
-}
+/* e^x within two units of the last place; x is clamped to where the result is normal. Adding magic,
+ * 1.5 * 2^23, rounds to an integer. */
+#define EXPONENTIAL(NAME, F, I)                                                                  \
+  static inline F NAME(F x) {                                                                    \
+    const F low = (F){0} + -87.3f, high = (F){0} + 88.3f;                                        \
+    I below = x < low, above = x > high;                                                         \
+    x = (F)(((I)low & below) | ((I)high & above) | ((I)x & ~(below | above)));                   \
+    F n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;                                         \
+    F r = x - n * 0.693359375f + n * 2.12194440e-4f;                                             \
+    F p = (F){0} + 1.9875691500e-4f;                                                             \
+    p = p * r + 1.3981999507e-3f;                                                                \
+    p = p * r + 8.3334519073e-3f;                                                                \
+    p = p * r + 4.1665795894e-2f;                                                                \
+    p = p * r + 1.6666665459e-1f;                                                                \
+    p = p * r + 5.0000001201e-1f;                                                                \
+    p = p * r * r + r + 1.0f;                                                                    \
+    I power = (__builtin_convertvector(n, I) + 127) << 23;                                       \
+    return p * (F)power;                                                                         \
+  }
+
+EXPONENTIAL(expv, vf, vi)
 
 static inline vf activate(vf x, int kind) {
   if (kind == SILU) return x / (1.0f + expv(-x));
@@ -141,8 +157,15 @@ static inline vf activate(vf x, int kind) {
     return x / (1.0f + expv(-2.0f * y));  /* (1 + tanh y) / 2 = 1 / (1 + e^-2y) */
   }
   if (kind == GELU) {
-    for (int i = 0; i < LANES; i++) x[i] = 0.5f * x[i] * (1.0f + erff(x[i] * 0.70710678f));
-    return x;
+    const vi sign = (vi){0} + INT32_MIN;  /* erf by Abramowitz and Stegun 7.1.26: 1.5e-7 off at most */
+    vf z = (vf)((vi)x & ~sign) * 0.70710678f, t = 1.0f / (1.0f + 0.3275911f * z);
+    vf p = splat(1.061405429f);
+    p = p * t - 1.453152027f;
+    p = p * t + 1.421413741f;
+    p = p * t - 0.284496736f;
+    p = p * t + 0.254829592f;
+    vf erf = 1.0f - p * t * expv(-z * z);
+    return 0.5f * x * (1.0f + (vf)((vi)erf | ((vi)x & sign)));
   }
   if (kind == RELU) return (vf)((vi)x & (vi)(x > 0.0f));
   return x;
@@ -155,7 +178,11 @@ static inline vf activate(vf x, int kind) {
  * into the same order: part p of a block of LANES * P values holds those at p, p + P, p + 2P ...
  */
 
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+#define WIDE 1
+#endif
 enum { FETCH = 16384, TILE = 64, CHUNK = 96, STRIPE = 512, GROUP = 8, FEW = 4, SOME = 32 };
+enum { COLUMNS = 5, WIDE_STRIPE = 768 };
 static const int64_t PARTS[] = {1, 2, 4};
 static const int64_t SIZES[] = {4, 2, 1};
 
@@ -166,19 +193,25 @@ static inline vf part_i8(vi w, int p) { return __builtin_convertvector(w << (24 
 #define EVEN(a, b) __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14)
 #define ODD(a, b) __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15)
 
-static void deal(const float *x, int64_t count, int dtype, float *out) {
-  for (int64_t k = 0; k < count; k += LANES * PARTS[dtype], x += LANES * PARTS[dtype]) {
+/* One row of x, its vectors `step` apart. */
+static void deal(const float *x, int64_t K, int dtype, float *out, int64_t step) {
+  if (dtype == FLOAT32) {
+    for (int64_t k = 0; k < K; k += LANES, out += step) store(out, load(x + k));
+    return;
+  }
+  for (int64_t k = 0; k < K; k += LANES * PARTS[dtype], x += LANES * PARTS[dtype]) {
     vf a = load(x), b = load(x + LANES), e = EVEN(a, b), o = ODD(a, b);
     if (dtype == INT8) {
       vf c = load(x + 2 * LANES), d = load(x + 3 * LANES), f = EVEN(c, d), p = ODD(c, d);
-      store(out + k, EVEN(e, f));
-      store(out + k + LANES, EVEN(o, p));
-      store(out + k + 2 * LANES, ODD(e, f));
-      store(out + k + 3 * LANES, ODD(o, p));
+      store(out, EVEN(e, f));
+      store(out + step, EVEN(o, p));
+      store(out + 2 * step, ODD(e, f));
+      store(out + 3 * step, ODD(o, p));
     } else {
-      store(out + k, e);
-      store(out + k + LANES, o);
+      store(out, e);
+      store(out + step, o);
     }
+    out += step * PARTS[dtype];
   }
 }
 
@@ -271,23 +304,167 @@ PRODUCT(product_bf16, part_bf16, 2)
 PRODUCT(product_i8, part_i8, 4)
 
 
-/* y [N, rows] (stride ys) = x [N, K] times rows of a weight matrix. What is dealt is kept in tile,
- * TILE x K, and dealt again only where it does not all fit. */
+#ifdef WIDE
+/* Registers of two vectors: the sums of two nodes go on side by side, each as it would alone. x lies
+ * in pairs of nodes, vector by vector; a row of weights is read into both halves. */
+typedef float wf VECTOR(64);
+typedef int32_t wi VECTOR(64);
+
+static inline wi both(const char *w) {
+  return (wi)_mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)w));
+}
+static inline wf load_wide(const float *p) { return (wf)_mm512_loadu_ps(p); }
+static inline void store_wide(float *p, wf v) { _mm512_storeu_ps(p, (__m512)v); }
+static inline wf fma_wide(wf a, wf b, wf c) {
+  return (wf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+static inline wf wide_f32(wi w, int p) { (void)p; return (wf)w; }
+static inline wf wide_bf16(wi w, int p) { return (wf)(p ? w & (int32_t)0xffff0000 : w << 16); }
+static inline wf wide_i8(wi w, int p) { return __builtin_convertvector(w << (24 - 8 * p) >> 24, wf); }
+
+/* Sums of four rows of two pairs of nodes, each in the order of sum(): nodes in 128-bit lanes. */
+static inline wf sums_wide(const wf *one, const wf *two) {
+  __m512 h[4];
+  UNROLL for (int r = 0; r < 4; r++)
+    h[r] = _mm512_add_ps(_mm512_shuffle_f32x4((__m512)one[r], (__m512)two[r], 0x88),
+                         _mm512_shuffle_f32x4((__m512)one[r], (__m512)two[r], 0xdd));
+  __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(h[0], h[1]), _mm512_unpackhi_ps(h[0], h[1]));
+  __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(h[2], h[3]), _mm512_unpackhi_ps(h[2], h[3]));
+  return (wf)_mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+}
+
+static inline void put(float *y, int64_t ys, int64_t R, int64_t nodes, __m512 four) {
+  v4 part[4];
+  memcpy(part, &four, sizeof part);
+  for (int64_t n = 0; n < nodes; n++) memcpy(y + n * ys, part + n, R * sizeof(float));
+}
+
+/* y [nodes, 4 or fewer] = C pairs of nodes times R rows; see BLOCK. */
+#define WIDE_BLOCK(NAME, PART, P, R, C)                                                          \
+  static inline void NAME##_wide_##R##x##C(const float *x, int64_t K, const char *w, float *y,   \
+                                           int64_t ys, int64_t nodes, int64_t ahead,             \
+                                           int64_t from, int64_t to, float *open) {              \
+    const int64_t row = K * 4 / P;                                                               \
+    wf a[C + 1][4];                                                                              \
+    UNROLL for (int c = 0; c < C; c++)                                                           \
+      UNROLL for (int r = 0; r < R; r++)                                                         \
+        a[c][r] = from ? load_wide(open + (c * R + r) * 2 * LANES) : (wf)_mm512_setzero_ps();    \
+    for (int64_t k = from * 4 / P; k < to * 4 / P; k += LANES * 4) {                             \
+      wi packed[R];                                                                              \
+      UNROLL for (int r = 0; r < R; r++) packed[r] = both(w + r * row + k);                      \
+      if (ahead)                                                                                 \
+        UNROLL for (int r = 0; r < R; r++) __builtin_prefetch(w + r * row + k + ahead);          \
+      UNROLL for (int p = 0; p < P; p++) {                                                       \
+        wf part[R];                                                                              \
+        UNROLL for (int r = 0; r < R; r++) part[r] = PART(packed[r], p);                         \
+        UNROLL for (int c = 0; c < C; c++) {                                                     \
+          wf xv = load_wide(x + 2 * (c * K + k / 4 * P + p * LANES));                            \
+          UNROLL for (int r = 0; r < R; r++) a[c][r] = fma_wide(part[r], xv, a[c][r]);           \
+        }                                                                                        \
+      }                                                                                          \
+    }                                                                                            \
+    if (to < K) {                                                                                \
+      UNROLL for (int c = 0; c < C; c++)                                                         \
+        UNROLL for (int r = 0; r < R; r++)                                                       \
+          store_wide(open + (c * R + r) * 2 * LANES, a[c][r]);                                   \
+      return;                                                                                    \
+    }                                                                                            \
+    UNROLL for (int c = 0; c < C; c++)                                                           \
+      UNROLL for (int r = R; r < 4; r++) a[c][r] = a[c][0];                                      \
+    UNROLL for (int r = 0; r < 4; r++) a[C][r] = a[C - 1][r];                                    \
+    UNROLL for (int c = 0; c < C; c += 2) {                                                      \
+      wf four = sums_wide(a[c], a[c + 1]);                                                       \
+      int64_t left = nodes - 2 * c, most = C - c > 1 ? 4 : 2;                                    \
+      put(y + 2 * c * ys, ys, R, left < most ? left : most, (__m512)four);                       \
+    }                                                                                            \
+  }
+
+#define WIDE_ROWS(NAME, C)                                                                       \
+  case C:                                                                                        \
+    for (; r + 4 <= end; r += 4) {                                                               \
+      int64_t ahead = N <= FEW ? 4 * row : N <= SOME && (r - g) / 4 % tiles == t ? group * row : 0; \
+      NAME##_wide_4x##C(x + 2 * n * K, K, w + r * row, y + 2 * n * ys + r, ys, N - 2 * n, ahead, \
+                        from, to, open + (r - g) * C * 2 * LANES);                               \
+    }                                                                                            \
+    for (; r < end; r++)                                                                         \
+      NAME##_wide_1x##C(x + 2 * n * K, K, w + r * row, y + 2 * n * ys + r, ys, N - 2 * n, 0,     \
+                        from, to, open + (r - g) * C * 2 * LANES);                               \
+    break;
+
+#define WIDE_PRODUCT(NAME, PART, P)                                                              \
+  WIDE_BLOCK(NAME, PART, P, 4, 5) WIDE_BLOCK(NAME, PART, P, 1, 5)                                \
+  WIDE_BLOCK(NAME, PART, P, 4, 4) WIDE_BLOCK(NAME, PART, P, 1, 4)                                \
+  WIDE_BLOCK(NAME, PART, P, 4, 3) WIDE_BLOCK(NAME, PART, P, 1, 3)                                \
+  WIDE_BLOCK(NAME, PART, P, 4, 2) WIDE_BLOCK(NAME, PART, P, 1, 2)                                \
+  WIDE_BLOCK(NAME, PART, P, 4, 1) WIDE_BLOCK(NAME, PART, P, 1, 1)                                \
+  static void NAME##_wide(const float *x, int64_t K, int64_t N, const char *w, int64_t rows,     \
+                          float *y, int64_t ys) {                                                \
+    const int64_t row = K * 4 / P, pairs = (N + 1) / 2, tiles = (pairs + COLUMNS - 1) / COLUMNS; \
+    const int64_t group = N > FEW && N <= SOME ? GROUP : rows;                                   \
+    const int64_t stripes = N <= SOME ? 1 : (K + WIDE_STRIPE - 1) / WIDE_STRIPE;                 \
+    const int64_t part = (K / stripes + LANES * P - 1) / (LANES * P) * (LANES * P);              \
+    float open[CHUNK * COLUMNS * 2 * LANES];                                                     \
+    for (int64_t g = 0; g < rows; g += group) {                                                  \
+      int64_t end = g + group < rows ? g + group : rows;                                         \
+      for (int64_t n = 0, c, t = 0; n < pairs; n += c, t++) {                                    \
+        c = (pairs - n + tiles - t - 1) / (tiles - t);                                           \
+        for (int64_t from = 0, to; from < K; from = to) {                                        \
+          to = from + part < K ? from + part : K;                                                \
+          int64_t r = g;                                                                         \
+          switch (c) {                                                                           \
+            WIDE_ROWS(NAME, 1) WIDE_ROWS(NAME, 2) WIDE_ROWS(NAME, 3) WIDE_ROWS(NAME, 4)          \
+            WIDE_ROWS(NAME, 5)                                                                   \
+          }                                                                                      \
+        }                                                                                        \
+      }                                                                                          \
+    }                                                                                            \
+  }
+
+EXPONENTIAL(expv_wide, wf, wi)
+
+WIDE_PRODUCT(product_f32, wide_f32, 1)
+WIDE_PRODUCT(product_bf16, wide_bf16, 2)
+WIDE_PRODUCT(product_i8, wide_i8, 4)
+#endif
+
+/* x [N, K] as products want it, at out or where it is; `paired` for registers of two nodes. */
+static const float *dealt_out(const float *x, int64_t K, int64_t N, int dtype, int paired,
+                              float *out) {
+  if (!paired && dtype == FLOAT32) return x;
+  for (int64_t n = 0; n < N; n++) {
+    if (!paired) deal(x + n * K, K, dtype, out + n * K, LANES);
+    else deal(x + n * K, K, dtype, out + n / 2 * 2 * K + n % 2 * LANES, 2 * LANES);
+  }
+  if (paired && N % 2)  /* the last one has only itself beside it */
+    deal(x + (N - 1) * K, K, dtype, out + (N - 1) * K + LANES, 2 * LANES);
+  return out;
+}
+
+#ifdef WIDE
+static int paired_for(int64_t N) { return N > 1; }
+#else
+static int paired_for(int64_t N) { return N < 0; }
+#endif
+
+/* y [N, rows] (stride ys) = x [N, K], dealt out already, times rows of a weight matrix. */
 static void multiply(const float *x, int64_t K, int64_t N, const void *weight, int dtype,
-                     const float *scale, int64_t first, int64_t rows, float *y, int64_t ys,
-                     float *tile, int *dealt) {
+                     const float *scale, int64_t first, int64_t rows, float *y, int64_t ys) {
   const char *w = (const char *)weight + first * K * SIZES[dtype];
   for (int64_t n = 0; n < N; n += TILE) {
     int64_t count = N - n < TILE ? N - n : TILE;
     const float *part = x + n * K;
-    if (dtype != FLOAT32) {
-      if (!*dealt) deal(part, count * K, dtype, tile);
-      *dealt = N <= TILE;
-      part = tile;
+    float *to = y + n * ys;
+#ifdef WIDE
+    if (paired_for(N)) {
+      if (dtype == FLOAT32) product_f32_wide(part, K, count, w, rows, to, ys);
+      if (dtype == BFLOAT16) product_bf16_wide(part, K, count, w, rows, to, ys);
+      if (dtype == INT8) product_i8_wide(part, K, count, w, rows, to, ys);
+      continue;
     }
-    if (dtype == FLOAT32) product_f32(part, K, count, w, rows, y + n * ys, ys);
-    if (dtype == BFLOAT16) product_bf16(part, K, count, w, rows, y + n * ys, ys);
-    if (dtype == INT8) product_i8(part, K, count, w, rows, y + n * ys, ys);
+#endif
+    if (dtype == FLOAT32) product_f32(part, K, count, w, rows, to, ys);
+    if (dtype == BFLOAT16) product_bf16(part, K, count, w, rows, to, ys);
+    if (dtype == INT8) product_i8(part, K, count, w, rows, to, ys);
   }
   if (scale)
     for (int64_t n = 0; n < N; n++)
@@ -299,7 +476,7 @@ static void multiply(const float *x, int64_t K, int64_t N, const void *weight, i
 /* Pieces of one operation: how many have been handed out and how many are finished. Threads take
  * pieces and wait for pieces, never for each other: one that the system has put aside holds up
  * nobody unless it has a piece in its hands. */
-typedef struct Pieces { int32_t taken, done, apart[14]; } Pieces;
+typedef struct Pieces { int32_t taken, done, dealing, dealt, apart[12]; } Pieces;
 
 static inline int64_t take(Pieces *pieces) {
   return __atomic_fetch_add(&pieces->taken, 1, __ATOMIC_RELAXED);
@@ -323,8 +500,8 @@ static inline int64_t take_rows(Pieces *pieces, int64_t O, int64_t least, int64_
   *first = start;
   return rows;
 }
-static inline void wait_for(Pieces *pieces, int64_t count) {
-  for (int64_t tries = 0; __atomic_load_n(&pieces->done, __ATOMIC_ACQUIRE) < count; tries++) {
+static inline void wait_for(const int32_t *done, int64_t count) {
+  for (int64_t tries = 0; __atomic_load_n(done, __ATOMIC_ACQUIRE) < count; tries++) {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #endif
@@ -336,23 +513,41 @@ static inline void wait_for(Pieces *pieces, int64_t count) {
 
 static int64_t embed(const Op *op, const Call *call, Pieces *pieces) {
   int64_t rows = call->batch * call->nodes, D = op->out_width;
-  for (int64_t n; (n = take(pieces)) < rows; finish(pieces, 1))
-    for (int64_t d = 0; d < D; d++)
-      call->buffers[op->target][n * D + d] =
-          op->factor * read_as(op->weight, call->tokens[n] * D + d, op->dtype);
+  for (int64_t n; (n = take(pieces)) < rows; finish(pieces, 1)) {
+    float *out = call->buffers[op->target] + n * D;
+    int64_t at = call->tokens[n] * D, place = (call->positions[n] + op->offset) * D;
+    for (int64_t d = 0; d < D; d++) out[d] = op->factor * read_as(op->weight, at + d, op->dtype);
+    if (op->gate)
+      for (int64_t d = 0; d < D; d++) out[d] += read_as(op->gate, place + d, op->dtype);
+  }
   return rows;
 }
 
+/* What relative positions add to the scores of each head, by key minus query: [H, span]. */
+static int64_t spread(const Op *op, const Call *call, Pieces *pieces) {
+  for (int64_t h; (h = take(pieces)) < call->heads; finish(pieces, 1))
+    for (int64_t i = 0; i < call->span; i++)
+      call->buffers[op->target][h * call->span + i] =
+          read_as(op->weight, call->buckets[i] * call->heads + h, op->dtype);
+  return call->heads;
+}
+
 static void normalize(const float *x, float *y, int64_t D, const Op *op, const void *weight) {
+  float mean = 0.0f;
+  if (op->mean) {
+    vf total = splat(0.0f);
+    for (int64_t d = 0; d < D; d += LANES) total += load(x + d);
+    mean = sum(total) / D;
+  }
   vf squares = splat(0.0f);
   for (int64_t d = 0; d < D; d += LANES) {
-    vf v = load(x + d);
+    vf v = load(x + d) - mean;
     squares += v * v;
   }
   float inverse = 1.0f / sqrtf(sum(squares) / D + op->eps);
-  for (int64_t d = 0; d < D; d++) {
-    y[d] = x[d] * inverse * read_as(weight, d, op->dtype);
-  }
+  for (int64_t d = 0; d < D; d++) y[d] = (x[d] - mean) * inverse * read_as(weight, d, op->dtype);
+  if (op->bias)
+    for (int64_t d = 0; d < D; d++) y[d] += read_as(op->bias, d, op->bias_dtype);
 }
 
 static int64_t norm(const Op *op, const Call *call, Pieces *pieces) {
@@ -363,22 +558,42 @@ static int64_t norm(const Op *op, const Call *call, Pieces *pieces) {
   return rows;
 }
 
+/* Deal out many nodes, each thread some of them. Products of one source that nobody waits between
+ * share what the first of them dealt. */
+static const float *deal_together(const Op *op, const Call *call, Pieces *pieces) {
+  int64_t N = call->batch * call->nodes, K = op->in_width, tiles = (N + TILE - 1) / TILE;
+  for (; pieces > call->pieces && op[-1].kind == LINEAR && !op[-1].wait &&
+         op[-1].source == op->source; op--) pieces--;
+  for (int64_t t; (t = __atomic_fetch_add(&pieces->dealing, 1, __ATOMIC_RELAXED)) < tiles;
+       __atomic_fetch_add(&pieces->dealt, 1, __ATOMIC_RELEASE)) {
+    int64_t n = t * TILE, count = N - n < TILE ? N - n : TILE;
+    const float *x = call->buffers[op->source] + n * K;
+    float *out = call->dealt + n * K;
+    if (dealt_out(x, K, count, op->dtype, paired_for(N), out) != out)
+      memcpy(out, x, count * K * sizeof(float));
+  }
+  wait_for(&pieces->dealt, tiles);
+  return call->dealt;
+}
+
 static int64_t linear(const Op *op, const Call *call, Pieces *pieces, float *scratch) {
   int64_t N = call->batch * call->nodes, K = op->in_width, O = op->out_width;
   int64_t size = 262144 / (K * SIZES[op->dtype]) / 16 * 16;  /* what stays in a cache */
   size = size < 16 ? 16 : size > CHUNK ? CHUNK : size;
-  const float *x = call->buffers[op->source];
   float *y = call->buffers[op->target] + op->offset, *out = scratch, *more = out + N * size;
-  float *tile = more + N * size;
-  int dealt = 0;
+  const float *x = N > TILE ? deal_together(op, call, pieces)
+                            : dealt_out(call->buffers[op->source], K, N, op->dtype, paired_for(N),
+                                        more + N * size);
   int64_t least = N <= FEW ? 16 : 48;
   for (int64_t first, rows; (rows = take_rows(pieces, O, least, size, call->threads, &first)) > 0;
        finish(pieces, rows)) {
-    multiply(x, K, N, op->weight, op->dtype, op->scale, first, rows, out, size, tile, &dealt);
+    multiply(x, K, N, op->weight, op->dtype, op->scale, first, rows, out, size);
     if (op->gate)
-      multiply(x, K, N, op->gate, op->dtype, op->gate_scale, first, rows, more, size, tile, &dealt);
+      multiply(x, K, N, op->gate, op->dtype, op->gate_scale, first, rows, more, size);
     for (int64_t n = 0; n < N; n++) {
       float *from = out + n * size, *gate = more + n * size, *to = y + n * op->stride + first;
+      if (op->factor)
+        for (int64_t r = 0; r < rows; r++) from[r] *= op->factor;
       if (op->bias)
         for (int64_t r = 0; r < rows; r++) from[r] += read_as(op->bias, first + r, op->bias_dtype);
       if (op->gate)  /* whole vectors: a row of the scratch has room for them */
@@ -396,15 +611,16 @@ static int64_t linear(const Op *op, const Call *call, Pieces *pieces, float *scr
   return O;
 }
 
-/* Rotate queries and keys to their positions and write keys and values into the cache. The source
+/* Rotate queries and keys to their positions and write keys and values into the store. The source
  * buffer holds [queries | keys | values] of each node; queries stay in it. */
 static int64_t rotate(const Op *op, const Call *call, Pieces *pieces) {
   int64_t H = call->heads, G = call->kv_heads, D = call->head_dim, R = call->rotary_dim;
   int64_t width = (H + 2 * G) * D, rows = call->batch * call->nodes;
+  const Store *kept = call->stores;
   for (int64_t n; (n = take(pieces)) < rows; finish(pieces, 1)) {
     float *row = call->buffers[op->source] + n * width;
-    const float *c = call->cosines + call->positions[n] * R;
-    const float *s = call->sines + call->positions[n] * R;
+    const float *c = R ? call->cosines + call->positions[n] * R : 0;
+    const float *s = R ? call->sines + call->positions[n] * R : 0;
     for (int64_t h = 0; h < H + G; h++) {
       float *v = row + h * D;
       const void *weight = h < H ? op->weight : op->gate;
@@ -415,17 +631,17 @@ static int64_t rotate(const Op *op, const Call *call, Pieces *pieces) {
         v[d + R / 2] = b * c[d + R / 2] + a * s[d + R / 2];
       }
     }
-    int64_t b = n / call->nodes, slot = call->used + n % call->nodes;
+    int64_t b = n / call->nodes, slot = (op->whole ? 0 : kept->used) + n % call->nodes;
     for (int64_t g = 0; g < G; g++) {
-      int64_t at = op->layer * call->layer_stride + ((b * G + g) * call->capacity + slot) * D;
-      memcpy(call->keys + at, row + (H + g) * D, D * sizeof(float));
-      memcpy(call->values + at, row + (H + G + g) * D, D * sizeof(float));
+      int64_t at = op->layer * kept->layer_stride + ((b * G + g) * kept->capacity + slot) * D;
+      memcpy(kept->keys + at, row + (H + g) * D, D * sizeof(float));
+      memcpy(kept->values + at, row + (H + G + g) * D, D * sizeof(float));
     }
   }
   return rows;
 }
 
-enum { QUERIES = 4, SLOTS = 64 };
+enum { QUERIES = 8, SLOTS = 64, SPREADS = 5 };
 
 /* Weights of the values that one query sees, in place: softmax over count scores. */
 static void soften(float *scores, int64_t count, float factor) {
@@ -443,6 +659,14 @@ static void soften(float *scores, int64_t count, float factor) {
   for (; t < count; t++) top = scores[t] > top ? scores[t] : top;
   vf total = splat(0.0f);
   t = 0;
+#ifdef WIDE
+  for (; t + 2 * LANES <= count; t += 2 * LANES) {
+    wf e = expv_wide((load_wide(scores + t) - top) * factor);
+    store_wide(scores + t, e);
+    total += (vf)_mm512_castps512_ps256((__m512)e);
+    total += (vf)_mm512_extractf32x8_ps((__m512)e, 1);
+  }
+#endif
   for (; t + LANES <= count; t += LANES) {
     vf e = expv((load(scores + t) - top) * factor);
     store(scores + t, e);
@@ -461,146 +685,149 @@ static void soften(float *scores, int64_t count, float factor) {
   for (t = 0; t < count; t++) scores[t] *= inverse;
 }
 
-/* Scores of two keys for a block of queries. */
-static inline void score(const float *const *q, const float *keys, int64_t one, int64_t two,
-                         int64_t D, v4 *out) {
-  vf a[QUERIES], b[QUERIES];
-  UNROLL for (int i = 0; i < QUERIES; i++) a[i] = b[i] = splat(0.0f);
-  for (int64_t d = 0; d < D; d += LANES) {
-    vf k = load(keys + one + d), l = load(keys + two + d);
-    UNROLL for (int i = 0; i < QUERIES; i++) {
-      vf x = load(q[i] + d);
-      a[i] = fma_(x, k, a[i]);
-      b[i] = fma_(x, l, b[i]);
-    }
-  }
-  out[0] = sums(a[0], a[1], a[2], a[3]);
-  out[1] = sums(b[0], b[1], b[2], b[3]);
+/* Slots that lie one after the other, from the t-th that is seen up to the limit-th. */
+static inline int64_t run_of(const int32_t *live, int64_t t, int64_t limit) {
+  if (!live) return limit - t;
+  int64_t end = t + 1;
+  while (end < limit && live[end] == live[end - 1] + 1) end++;
+  return end - t;
 }
 
-/* Weighted values of slots start .. end, vectors d .. d + V, added to what is in out. */
-#define GATHER(Q, V)                                                                         \
-  static inline void gather_##Q##x##V(float *const *p, float *const *out, const float *values,\
-                                int64_t base, const int32_t *live, int64_t start,            \
-                                int64_t end, int64_t D, int64_t d) {                         \
-    vf a[Q][V];                                                                              \
-    UNROLL for (int i = 0; i < Q; i++)                                                       \
-      UNROLL for (int v = 0; v < V; v++) a[i][v] = load(out[i] + d + v * LANES);             \
-    for (int64_t t = start; t < end; t++) {                                                  \
-      int64_t at = base + (live ? live[t] : t) * D + d;                                      \
-      vf value[V];                                                                           \
-      UNROLL for (int v = 0; v < V; v++) value[v] = load(values + at + v * LANES);      \
-      UNROLL for (int i = 0; i < Q; i++) {                                                   \
-        vf weight = splat(p[i][t]);                                                          \
-        UNROLL for (int v = 0; v < V; v++) a[i][v] = fma_(weight, value[v], a[i][v]);        \
-      }                                                                                      \
-    }                                                                                        \
-    UNROLL for (int i = 0; i < Q; i++)                                                       \
-      UNROLL for (int v = 0; v < V; v++) store(out[i] + d + v * LANES, a[i][v]);             \
+/* Weighted values of count slots, vectors d .. d + V, added to what is in out. A value of out is
+ * summed slot after slot, however many are summed side by side. */
+#define GATHER(NAME, TYPE, LOAD, STORE, FMA, WIDTH, Q, V)                                        \
+  static inline void NAME##_##Q##x##V(const float *p, int64_t ps, float *const *out,             \
+                                      const float *values, int64_t count, int64_t D, int64_t d) {\
+    TYPE a[Q][V];                                                                                \
+    UNROLL for (int i = 0; i < Q; i++)                                                           \
+      UNROLL for (int v = 0; v < V; v++) a[i][v] = LOAD(out[i] + d + v * WIDTH);                 \
+    for (int64_t t = 0; t < count; t++) {                                                        \
+      TYPE value[V];                                                                             \
+      UNROLL for (int v = 0; v < V; v++) value[v] = LOAD(values + t * D + d + v * WIDTH);        \
+      UNROLL for (int i = 0; i < Q; i++) {                                                       \
+        TYPE weight = (TYPE){0} + p[i * ps + t];                                                 \
+        UNROLL for (int v = 0; v < V; v++) a[i][v] = FMA(weight, value[v], a[i][v]);             \
+      }                                                                                          \
+    }                                                                                            \
+    UNROLL for (int i = 0; i < Q; i++)                                                           \
+      UNROLL for (int v = 0; v < V; v++) STORE(out[i] + d + v * WIDTH, a[i][v]);                 \
   }
 
-GATHER(4, 2)
-GATHER(4, 1)
-GATHER(1, 8)
-GATHER(1, 1)
+GATHER(gather, vf, load, store, fma_, LANES, 4, 2)
+GATHER(gather, vf, load, store, fma_, LANES, 1, 8)
+GATHER(gather, vf, load, store, fma_, LANES, 1, 1)
+#ifdef WIDE
+GATHER(gather_wide, wf, load_wide, store_wide, fma_wide, 2 * LANES, 8, 2)
+GATHER(gather_wide, wf, load_wide, store_wide, fma_wide, 2 * LANES, 4, 4)
+GATHER(gather_wide, wf, load_wide, store_wide, fma_wide, 2 * LANES, 2, 4)
+GATHER(gather_wide, wf, load_wide, store_wide, fma_wide, 2 * LANES, 1, 4)
+#endif
+
+/* The same for any number of queries and all vectors. */
+static void gather_all(const float *p, int64_t ps, float *const *out, int64_t Q,
+                       const float *values, int64_t count, int64_t D) {
+  int64_t all = 0; /* vectors that are done for every query */
+#ifdef WIDE
+#define GO(Q_, V_)                                                               \
+  for (; i + Q_ <= Q; i += Q_)                                                   \
+    for (int64_t d = 0; d + V_ * 2 * LANES <= wide; d += V_ * 2 * LANES)         \
+      gather_wide_##Q_##x##V_(p + i * ps, ps, out + i, values, count, D, d);
+  int64_t i = 0, wide = D / (8 * LANES) * (8 * LANES);
+  GO(8, 2) GO(4, 4) GO(2, 4) GO(1, 4)
+#undef GO
+  all = wide;
+#endif
+  for (int64_t i = 0, q; i < Q; i += q) {
+    int64_t d = all;
+    q = Q - i >= 4 ? 4 : 1;
+    const float *pi = p + i * ps;
+    if (q == 4)
+      for (; d + 2 * LANES <= D; d += 2 * LANES)
+        gather_4x2(pi, ps, out + i, values, count, D, d);
+    else
+      for (; d + 8 * LANES <= D; d += 8 * LANES)
+        gather_1x8(pi, ps, out + i, values, count, D, d);
+    for (; d < D; d += LANES)
+      for (int64_t j = 0; j < q; j++)
+        gather_1x1(pi + j * ps, ps, out + i + j, values, count, D, d);
+  }
+}
 
 /* Attention of a block of queries that share a key head: nodes x query heads of the group. A query
- * sees the committed tokens of its row, then its ancestors, in the order of their positions. */
-static inline void attend_block(const Op *op, const Call *call, int64_t b, int64_t g, int64_t first,
-                                int64_t count, float *scratch) {
+ * sees what is stored for its row, then its ancestors, in the order of their positions. */
+static void attend_block(const Op *op, const Call *call, int64_t b, int64_t g, int64_t first,
+                         int64_t count, float *scratch) {
   int64_t H = call->heads, G = call->kv_heads, D = call->head_dim, N = call->nodes;
-  int64_t group = H / G, width = (H + 2 * G) * D, past = call->lengths[b];
-  int64_t base = op->layer * call->layer_stride + (b * G + g) * call->capacity * D;
-  int64_t tail = base + call->used * D;
-  const int32_t *live = call->live ? call->live + b * call->used : 0;
+  const Store *kept = call->stores + op->store;
+  int64_t group = H / G, width = (H + 2 * G) * D, past = kept->lengths[b];
+  int64_t base = op->layer * kept->layer_stride + (b * G + g) * kept->capacity * D;
+  const float *keys = kept->keys + base, *values = kept->values + base;
+  int64_t tail = kept->used * D;
+  const int32_t *live = kept->live ? kept->live + b * kept->used : 0;
   const uint8_t *seen = call->ancestors ? call->ancestors + b * call->ancestor_stride : 0;
   const int64_t *places = call->positions + b * N;
-  const float *q[QUERIES];
-  float *p[QUERIES], *out[QUERIES];
-  int64_t node[QUERIES], low[QUERIES], total[QUERIES];
-  /* slots that are taken in order by the whole block: what is cached and, on a chain, what lies
+  /* slots that are taken in order by the whole block: what is stored and, on a chain, what lies
    * before its first query */
-  int64_t shared = past + (seen || live ? 0 : first / group + 1), lowest = shared;
+  int64_t shared = past + (seen || live || op->whole ? 0 : first / group + 1), lowest = shared;
   int64_t stride = (past + N + 2 * LANES) / LANES * LANES;
-  for (int64_t i = 0; i < QUERIES; i++) {
-    int64_t at = first + (i < count ? i : 0);
-    int64_t n = at / group, h = g * group + at % group;
+  float *p = scratch, *q = p + count * stride, *tile = q + count * D;
+  float *own = tile + (count + 1) * D, *out[QUERIES];
+  int64_t node[QUERIES] = {0}, low[QUERIES], total[QUERIES];
+  for (int64_t i = 0; i < count; i++) {
+    int64_t n = (first + i) / group, h = g * group + (first + i) % group;
     node[i] = n;
-    q[i] = call->buffers[op->source] + (b * N + n) * width + h * D;
+    memcpy(q + i * D, call->buffers[op->source] + (b * N + n) * width + h * D, D * sizeof(float));
     out[i] = call->buffers[op->target] + ((b * N + n) * H + h) * D;
-    p[i] = scratch + i * stride;
-    if (i >= count)  /* idle: the first query once more */
-      out[i] = memset(scratch + QUERIES * stride, 0, D * sizeof(float));
     int64_t from = op->window ? places[n] - op->window + 1 : 0;
     low[i] = from < 0 ? 0 : from > shared ? shared : from;
     lowest = low[i] < lowest ? low[i] : lowest;
     total[i] = shared;
   }
-  int64_t last = node[count - 1];
+  int64_t last = op->whole ? -1 : node[count - 1];
 #define SEES(i, j)                                                              \
   ((j) <= node[i] && (!seen || seen[node[i] * N + (j)]) &&                      \
    (!op->window || places[node[i]] - places[j] < op->window))
-  v4 s[2];
-  int64_t t = lowest;
-  if (count == 1)  /* one query: four keys at once */
-    for (; t + 4 <= shared; t += 4) {
-      vf a[4];
-      int64_t at[4];
-      UNROLL for (int i = 0; i < 4; i++) {
-        a[i] = splat(0.0f);
-        at[i] = base + (live ? live[t + i] : t + i) * D;
-      }
-      for (int64_t d = 0; d < D; d += LANES) {
-        vf x = load(q[0] + d);
-        UNROLL for (int i = 0; i < 4; i++)
-          a[i] = fma_(x, load(call->keys + at[i] + d), a[i]);
-      }
-      v4 four = sums(a[0], a[1], a[2], a[3]);
-      memcpy(p[0] + t, &four, sizeof four);
-    }
-  for (; t < shared; t += 2) {
-    int64_t next = t + 1 < shared ? t + 1 : t;
-    score(q, call->keys, base + (live ? live[t] : t) * D, base + (live ? live[next] : next) * D, D,
-          s);
-    UNROLL for (int i = 0; i < QUERIES; i++) {
-      p[i][t] = s[0][i];
-      p[i][t + 1] = s[1][i];  /* there is room for one more */
-    }
+  const float *x = dealt_out(q, D, count, FLOAT32, paired_for(count), tile);
+  for (int64_t t = lowest, run; t < shared; t += run) {
+    run = run_of(live, t, shared);
+    multiply(x, D, count, keys + (live ? live[t] : t) * D, FLOAT32, 0, 0, run, p + t, stride);
   }
-  for (int64_t j = shared - past; j <= last; j += 2) {
-    score(q, call->keys, tail + j * D, tail + (j < last ? j + 1 : j) * D, D, s);
-    for (int64_t k = j; k <= last && k < j + 2; k++)
-      for (int i = 0; i < QUERIES; i++)
-        if (SEES(i, k)) p[i][total[i]++] = s[k - j][i];
+  int64_t j = shared - past, more = last + 1 - j;
+  if (more > 0) {
+    multiply(x, D, count, keys + tail + j * D, FLOAT32, 0, 0, more, own, more);
+    for (int64_t i = 0; i < count; i++)
+      for (int64_t k = j; k <= last; k++)
+        if (SEES(i, k)) p[i * stride + total[i]++] = own[i * more + k - j];
+  }
+  for (int64_t i = 0; op->biased && i < count; i++) {
+    int64_t head = g * group + (first + i) % group, u = shared;
+    const float *by = call->buffers[SPREADS] + head * call->span + call->reach - places[node[i]];
+    float *pi = p + i * stride;
+    for (int64_t t = low[i]; t < shared; t++)
+      pi[t] = pi[t] * op->factor + by[op->whole && live ? live[t] : t];
+    for (int64_t k = j; u < total[i]; k++)
+      if (SEES(i, k)) {
+        pi[u] = pi[u] * op->factor + by[places[k]];
+        u++;
+      }
   }
   for (int64_t i = 0; i < count; i++) {
-    soften(p[i] + low[i], total[i] - low[i], op->factor);
-    for (int64_t t = lowest; t < low[i]; t++) p[i][t] = 0.0f;
-    for (int64_t d = 0; d < D; d += LANES) store(out[i] + d, splat(0.0f));
+    float *pi = p + i * stride;
+    soften(pi + low[i], total[i] - low[i], op->biased ? 1.0f : op->factor);
+    for (int64_t t = lowest; t < low[i]; t++) pi[t] = 0.0f;
+    memset(out[i], 0, D * sizeof(float));
   }
-  for (int64_t i = count; i < QUERIES; i++) p[i] = p[0];
-  for (int64_t start = lowest; start < shared; start += SLOTS) {  /* a tile of values stays close */
-    int64_t end = start + SLOTS < shared ? start + SLOTS : shared;
-    int64_t d = 0;
-    if (count == 1) {
-      for (; d + 8 * LANES <= D; d += 8 * LANES)
-        gather_1x8(p, out, call->values, base, live, start, end, D, d);
-      for (; d < D; d += LANES)
-        gather_1x1(p, out, call->values, base, live, start, end, D, d);
-    }
-    for (; d + 2 * LANES <= D; d += 2 * LANES)
-      gather_4x2(p, out, call->values, base, live, start, end, D, d);
-    for (; d < D; d += LANES)
-      gather_4x1(p, out, call->values, base, live, start, end, D, d);
+  for (int64_t t = lowest, run; t < shared; t += run) {  /* a tile of values stays close */
+    run = run_of(live, t, shared < t + SLOTS ? shared : t + SLOTS);
+    gather_all(p + t, stride, out, count, values + (live ? live[t] : t) * D, run, D);
   }
   for (int64_t i = 0; i < count; i++) {
     int64_t t = shared;
-    for (int64_t j = shared - past; j <= node[i]; j++) {
-      if (!SEES(i, j)) continue;
-      vf weight = splat(p[i][t++]);
+    for (int64_t k = j; k <= node[i] && !op->whole; k++) {
+      if (!SEES(i, k)) continue;
+      vf weight = splat(p[i * stride + t++]);
       for (int64_t d = 0; d < D; d += LANES)
-        store(out[i] + d, fma_(weight, load(call->values + tail + j * D + d),
-                               load(out[i] + d)));
+        store(out[i] + d, fma_(weight, load(values + tail + k * D + d), load(out[i] + d)));
     }
   }
 #undef SEES
@@ -650,6 +877,7 @@ static void run(const Op *ops, int64_t count, const Call *call, int thread) {
       case ROTATE: all = rotate(op, call, pieces); break;
       case ATTEND: all = attend(op, call, pieces, scratch); break;
       case TAP: all = tap(op, call, pieces); break;
+      case SPREAD: all = spread(op, call, pieces); break;
     }
     expected[open++] = all;
     if (op->wait)  /* whoever is early fetches what comes next */
@@ -659,7 +887,7 @@ static void run(const Op *ops, int64_t count, const Call *call, int thread) {
           break;
         }
     if (!op->wait && open < 8 && i + 1 < count) continue;
-    for (int64_t j = 0; j < open; j++) wait_for(pieces - j, expected[open - 1 - j]);
+    for (int64_t j = 0; j < open; j++) wait_for(&pieces[-j].done, expected[open - 1 - j]);
     open = 0;
   }
 }
@@ -673,10 +901,10 @@ void isthmus_forward(const Op *ops, int64_t count, const Call *call) {
 #endif
 }
 
-/* Floats that a thread needs for N nodes over all rows that see `slots` keys. */
+/* Floats that a thread needs for up to N nodes over all rows that see `slots` keys. */
 int64_t isthmus_scratch(int64_t N, int64_t slots, int64_t widest, int64_t head_dim) {
-  int64_t product = 2 * N * CHUNK + (N < TILE ? N : TILE) * widest;
-  int64_t attention = QUERIES * (slots + N + 4 * LANES) + head_dim;
+  int64_t product = 2 * N * CHUNK + (N < TILE ? N + 1 : TILE) * widest;
+  int64_t attention = QUERIES * (slots + 2 * N + 4 * LANES) + (2 * QUERIES + 1) * head_dim;
   return product > attention ? product : attention;
 }
 

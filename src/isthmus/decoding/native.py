@@ -13,38 +13,73 @@ import platform
 import shutil
 import subprocess
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from isthmus.decoding.program import LOGITS, NORMED, Op, Program
+from isthmus.decoding.program import LOGITS, NORMED, SPREADS, Op, Program
 from isthmus.errors import UnsupportedModelError
 from isthmus.folders import kept
 
 SOURCE = Path(__file__).with_suffix(".c")
 
+FLOAT = torch.float32
+"""Always named: the default dtype belongs to the whole process, and a model that is being loaded in
+another thread changes it for that time."""
+
 PARTS = (1, 2, 4)
 """Weights in 32 bits, by dtype."""
+
+
+class Store(ctypes.Structure):
+    """Keys and values, in the layout of ``native.c``."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("keys", "values")),
+        *((name, ctypes.c_int64) for name in ("capacity", "layer_stride", "used")),
+        *((name, ctypes.c_void_p) for name in ("live", "lengths")),
+    )
 
 
 class Call(ctypes.Structure):
     """Arguments of one forward, in the layout of ``native.c``."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("batch", "nodes", "used")),
+        *((name, ctypes.c_int64) for name in ("batch", "nodes")),
         *((name, ctypes.c_void_p) for name in ("tokens", "positions", "ancestors")),
         ("ancestor_stride", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("live", "lengths", "keys", "values")),
-        *((name, ctypes.c_int64) for name in ("capacity", "layer_stride")),
+        ("stores", Store * 2),
         *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "head_dim", "rotary_dim")),
         ("threads", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("cosines", "sines")),
+        *((name, ctypes.c_void_p) for name in ("cosines", "sines", "buckets")),
+        *((name, ctypes.c_int64) for name in ("span", "reach")),
         ("buffers", ctypes.c_void_p * 8),
         *((name, ctypes.c_void_p) for name in ("taps", "tapped", "scratch")),
         ("scratch_size", ctypes.c_int64),
-        ("pieces", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("pieces", "dealt")),
     )
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Keys and values that nodes see besides each other.
+
+    Attributes:
+        keys: Of all layers [L, B, H_kv, capacity, D], float32.
+        values: Likewise.
+        used: Slots in use in every row.
+        lengths: Slots of each row that are seen, int64 [B].
+        live: These slots in the order of their positions, int32 [B, used], or None when they are
+            the first ones of every row.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    used: int
+    lengths: torch.Tensor
+    live: torch.Tensor | None = None
 
 
 @functools.cache
@@ -128,7 +163,9 @@ class Kernel:
         self.rows = self.slots = 0
         self.lock = threading.Lock()  # the buffers are those of one forward
         self.call = Call()
-        self.cosines = self.sines = torch.empty(0)
+        self.cosines = self.sines = self.spreads = torch.empty(0, dtype=FLOAT)
+        self.buckets = torch.empty(0, dtype=torch.int32)
+        self.reach = 0
 
     def reserve(self, rows: int, slots: int) -> None:
         """Make room for ``rows`` nodes over all rows of a batch, each seeing ``slots`` keys."""
@@ -136,42 +173,75 @@ class Kernel:
         threads = torch.get_num_threads()
         if rows > self.rows or slots > self.slots or threads != call.threads:
             self.rows, self.slots = max(rows, self.rows), max(slots, self.slots)
-            self.buffers = [torch.empty(self.rows, width) for width in program.widths]
+            self.buffers = [torch.empty(self.rows, width, dtype=FLOAT) for width in program.widths]
             size = self.library.isthmus_scratch(
                 self.rows, self.slots, self.widest, program.head_dim
             )
-            self.scratch = torch.empty(threads, size)
+            self.scratch = torch.empty(threads, size, dtype=FLOAT)
             call.threads, call.scratch_size = threads, size
             call.scratch = self.scratch.data_ptr()
+            self.dealt = torch.empty((self.rows + 1) * self.widest, dtype=FLOAT)
+            call.dealt = self.dealt.data_ptr()
             call.heads, call.kv_heads = program.heads, program.kv_heads
             call.head_dim = program.head_dim
             call.pieces = self.pieces.data_ptr()
             for i, buffer in enumerate(self.buffers):
                 call.buffers[i] = buffer.data_ptr()
 
-    def rotate(self, positions: int) -> None:
-        """Make room for cosines and sines of that many positions."""
-        if positions <= len(self.cosines):
-            return
-        with torch.no_grad():
-            places = torch.arange(max(512, positions * 3 // 2))[None]
-            cosines, sines = self.program.rotary(torch.empty(1, 1, 1), places)
-        self.cosines, self.sines = cosines[0].contiguous(), sines[0].contiguous()
-        self.call.cosines, self.call.sines = self.cosines.data_ptr(), self.sines.data_ptr()
-        self.call.rotary_dim = self.cosines.shape[1]
+    def place(self, positions: int) -> None:
+        """Make room for what belongs to that many positions."""
+        call, program = self.call, self.program
+        if program.rotary is not None and positions > len(self.cosines):
+            with torch.no_grad():
+                places = torch.arange(max(512, positions * 3 // 2))[None]
+                cosines, sines = program.rotary(torch.empty(1, 1, 1, dtype=FLOAT), places)
+            self.cosines, self.sines = cosines[0].contiguous(), sines[0].contiguous()
+            call.cosines, call.sines = self.cosines.data_ptr(), self.sines.data_ptr()
+            call.rotary_dim = self.cosines.shape[1]
+        if program.buckets is not None:
+            if positions > self.reach:
+                self.reach = max(64, positions * 3 // 2)
+                distances = torch.arange(-self.reach, self.reach + 1)
+                self.buckets = program.buckets(distances).to(torch.int32)
+                self.spreads = torch.empty(program.heads, len(self.buckets), dtype=FLOAT)
+            # the table is filled anew in each forward, as far as it is read
+            call.reach = positions
+            call.span = 2 * positions + 1 if program.whole else positions + 1
+            call.buckets = self.buckets.data_ptr() + 4 * (self.reach - positions)
+            call.buffers[SPREADS] = self.spreads.data_ptr()
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits float32 [..., V] of states after the last norm [..., D]."""
         states = hidden.reshape(-1, hidden.shape[-1]).float().contiguous()
-        out = torch.empty(len(states), self.program.vocab_size)
-        call = self.call
+        out = torch.empty(len(states), self.program.vocab_size, dtype=FLOAT)
+        source = self.ops[-1].source
         with self.lock:
             self.reserve(len(states), 0)
-            call.batch, call.nodes = 1, len(states)
-            call.buffers[NORMED], call.buffers[LOGITS] = states.data_ptr(), out.data_ptr()
+            self.call.batch, self.call.nodes = 1, len(states)
+            self.call.buffers[source] = states.data_ptr()
+            self.call.buffers[LOGITS] = out.data_ptr()
             self._run(len(self.ops) - 1, len(self.ops))
-            call.buffers[NORMED] = self.buffers[NORMED].data_ptr()
+            self.call.buffers[source] = self.buffers[source].data_ptr()
         return out.reshape(*hidden.shape[:-1], -1)
+
+    def store(self, states: torch.Tensor, stored: Stored) -> None:
+        """Write keys and values of states [B, T, D] into a store, with the program for that."""
+        states = states.float().contiguous()
+        call = self.call
+        with self.lock:
+            self.reserve(states.shape[0] * states.shape[1], 0)
+            call.batch, call.nodes = states.shape[:2]
+            self._stand(0, stored)
+            call.buffers[NORMED] = states.data_ptr()
+            self._run(0, len(self.ops))
+            call.buffers[NORMED] = self.buffers[NORMED].data_ptr()
+
+    def _stand(self, index: int, stored: Stored) -> None:
+        store = self.call.stores[index]
+        store.keys, store.values = stored.keys.data_ptr(), stored.values.data_ptr()
+        store.capacity, store.layer_stride = stored.keys.shape[3], stored.keys.stride(0)
+        store.used, store.lengths = stored.used, stored.lengths.data_ptr()
+        store.live = None if stored.live is None else stored.live.data_ptr()
 
     def _run(self, first: int, last: int) -> None:
         self.pieces.zero_()
@@ -182,12 +252,9 @@ class Kernel:
         self,
         tokens: torch.Tensor,
         positions: torch.Tensor,
+        past: Stored,
         *,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        used: int,
-        lengths: torch.Tensor,
-        live: torch.Tensor | None = None,
+        source: Stored | None = None,
         ancestors: torch.Tensor | None = None,
         tapped: tuple[int, ...] = (),
         logits: bool = True,
@@ -197,12 +264,9 @@ class Kernel:
         Args:
             tokens: int64 [B, N].
             positions: int64 [B, N].
-            keys: Cache of all layers [L, B, H_kv, capacity, D], float32.
-            values: Likewise.
-            used: Slots in use in every row; the nodes are written behind them.
-            lengths: Committed tokens of each row, int64 [B].
-            live: Slots of the committed tokens in the order of their positions, int32 [B, used],
-                or None when token t of every row is in slot t.
+            past: What is cached; the nodes are written behind it. An encoder writes its nodes
+                into the first slots and sees those that are live.
+            source: Keys and values of an encoder's output.
             ancestors: Nodes that each node sees, bool [1 or B, N, N]; None is a chain.
             tapped: States to return: layers 0 to L, and L + 1 for the state after the last norm.
             logits: Whether to compute logits.
@@ -214,29 +278,28 @@ class Kernel:
         batch, nodes = tokens.shape
         with self.lock:
             call, program = self.call, self.program
-            self.reserve(batch * nodes, used + nodes)
-            self.rotate(int(positions.max()) + 1)
+            slots = past.used + nodes if source is None else max(past.used + nodes, source.used)
+            self.reserve(batch * nodes, slots)
+            self.place(int(positions.max()) + 1)
             tokens, positions = tokens.contiguous(), positions.contiguous()
-            call.batch, call.nodes, call.used = batch, nodes, used
+            call.batch, call.nodes = batch, nodes
             call.tokens, call.positions = tokens.data_ptr(), positions.data_ptr()
-            call.ancestors = call.live = call.taps = None
+            call.ancestors = call.taps = None
             if ancestors is not None:
                 ancestors = ancestors.contiguous()
                 call.ancestors = ancestors.data_ptr()
                 call.ancestor_stride = nodes * nodes if len(ancestors) > 1 else 0
-            if live is not None:
-                call.live = live.data_ptr()
-            call.lengths = lengths.data_ptr()
-            call.keys, call.values = keys.data_ptr(), values.data_ptr()
-            call.capacity, call.layer_stride = keys.shape[3], keys.stride(0)
+            self._stand(0, past)
+            if source is not None:
+                self._stand(1, source)
             states = out = None
             if tapped:
                 places = torch.full((program.layers + 2,), -1, dtype=torch.int32)
                 places[list(tapped)] = torch.arange(len(tapped), dtype=torch.int32)
-                states = torch.empty(len(tapped), batch, nodes, program.hidden_size)
+                states = torch.empty(len(tapped), batch, nodes, program.hidden_size, dtype=FLOAT)
                 call.taps, call.tapped = states.data_ptr(), places.data_ptr()
             if logits:
-                out = torch.empty(batch, nodes, program.vocab_size)
+                out = torch.empty(batch, nodes, program.vocab_size, dtype=FLOAT)
                 call.buffers[LOGITS] = out.data_ptr()
-            self._run(0, len(self.ops) - (not logits))
+            self._run(0, len(self.ops) - (not logits and program.vocab_size > 0))
         return out, states

@@ -110,7 +110,7 @@ class Window(ModelDrafter):
         ends = torch.tensor([len(s) for s in self._stream])
         tree = self._chains(context, ends.tolist(), bare=True).to(logits.device)
         full = logits[:, None].expand(-1, tree.nodes, -1)
-        out = context.law.logits(full, tree, context)
+        out = context.law.drafting.logits(full, tree, context)
         return out[torch.arange(len(ends)), ends]
 
     def _chains(self, context: Context, counts: Sequence[int], *, bare: bool = False) -> TokenTree:

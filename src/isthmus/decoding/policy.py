@@ -349,7 +349,7 @@ class Auto:
             elif drafter is not None:
                 self._debt[self._greedy] = max(0.0, self._debt[self._greedy] - gained)
         self._plan = None
-        if self._pure and self._round >= self._next:
+        if self._pure and self._limit.nodes and self._round >= self._next:
             self._look(step.context)
 
     def _learn(self, step: Step, rows: list[int], width: int, turn: bool) -> None:

@@ -1,9 +1,7 @@
-"""Decoders as programs: the operations of one forward, read off a model of transformers.
+"""Transformers as programs: the operations of one forward, in the order of the kernel.
 
 A program is a list of operations on a few buffers, one row a node. It holds no copy of the
-weights, only where they are. What can be lowered is found by shape, not by name: a decoder whose
-parts have the names below and whose every parameter is used. Whether the program computes what the
-model computes is checked by running both (:mod:`isthmus.decoding.fast`).
+weights, only where they are. :mod:`isthmus.decoding.lower` reads programs off models.
 
 ::
 
@@ -14,7 +12,7 @@ model computes is checked by running both (:mod:`isthmus.decoding.fast`).
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -33,10 +31,12 @@ class Kind(IntEnum):
     ROTATE = 3
     ATTEND = 4
     TAP = 5
+    SPREAD = 6
 
 
 ACTIVATIONS = {
     "silu": 1,
+    "swish": 1,
     "gelu_pytorch_tanh": 2,
     "gelu_new": 2,
     "gelu": 3,
@@ -46,8 +46,9 @@ ACTIVATIONS = {
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
-STREAM, NORMED, HEADS, INNER, LOGITS = range(5)
-"""Buffers: residual stream, its norm or the attention's output, [q | k | v], MLP, logits."""
+STREAM, NORMED, HEADS, INNER, LOGITS, SPREADS = range(6)
+"""Buffers: residual stream, its norm or the attention's output, [q | k | v], MLP, logits, and what
+relative positions add to scores."""
 
 
 class Op(ctypes.Structure):
@@ -61,25 +62,28 @@ class Op(ctypes.Structure):
         ("bias_dtype", ctypes.c_int64),
         *((name, ctypes.c_float) for name in ("eps", "factor")),
         ("window", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("mean", "store", "whole", "biased")),
     )
 
 
 @dataclass
 class Program:
-    """The operations of a decoder and what they need to know.
+    """The operations of a stack of layers and what they need to know.
 
     Attributes:
-        ops: The operations in order; the last one makes the logits.
+        ops: The operations in order; the last one makes the logits, if there are any.
         tensors: Every tensor whose address is in an operation, kept alive.
         sources: The parameters that the first of them were taken from.
-        layers: Decoder layers L.
+        layers: Layers L.
         hidden_size: Width D of the residual stream.
         heads: Query heads.
         kv_heads: Key and value heads.
         head_dim: Width of a head.
         inner: Width of the MLP.
-        vocab_size: Width V of the logits.
-        rotary: The model's own module of cosines and sines.
+        vocab_size: Width V of the logits; 0 where there are none.
+        rotary: The model's own module of cosines and sines, or None.
+        buckets: Maps distances (key minus query, int64 [T]) to rows of a table of biases, or None.
+        whole: Whether nodes see all nodes of their row, as in an encoder.
     """
 
     layers: int
@@ -88,8 +92,10 @@ class Program:
     kv_heads: int
     head_dim: int
     inner: int
-    vocab_size: int
-    rotary: Any
+    vocab_size: int = 0
+    rotary: Any = None
+    buckets: Callable[[torch.Tensor], torch.Tensor] | None = None
+    whole: bool = False
     ops: list[Op] = field(default_factory=list)
     tensors: list[torch.Tensor] = field(default_factory=list)
     sources: list[torch.Tensor] = field(default_factory=list)
@@ -140,10 +146,11 @@ class Program:
     ) -> None:
         """Append ``target = module(source)``, with a gated activation if there is a ``gate``."""
         out_width, in_width = module.weight.shape
+        fields.setdefault("bias", module.bias)
+        if fields["bias"] is None:
+            del fields["bias"]
         if gate is not None:
             fields["gate"] = gate.weight
-        if module.bias is not None:
-            fields["bias"] = module.bias
         self.add(
             Kind.LINEAR,
             source=source,
@@ -153,6 +160,41 @@ class Program:
             out_width=out_width,
             **{"stride": out_width, **fields},
         )
+
+    def norm(self, module: Any, source: int, target: int) -> None:
+        """Append the norm of rows, with or without their mean."""
+        width = module.weight.shape[0]
+        mean = isinstance(module, torch.nn.LayerNorm)
+        extra = {"bias": module.bias} if mean and module.bias is not None else {}
+        self.add(
+            Kind.NORM,
+            source=source,
+            target=target,
+            weight=module.weight,
+            eps=module.eps if mean else module.variance_epsilon,
+            mean=mean,
+            in_width=width,
+            out_width=width,
+            **extra,
+        )
+
+    def tap(self, source: int, layer: int) -> None:
+        """Append a place where states may be taken."""
+        width = self.hidden_size
+        self.add(Kind.TAP, source=source, layer=layer, wait=False, in_width=width, out_width=width)
+
+    def project(self, modules: Sequence[Any], source: int, offset: int = 0) -> None:
+        """Append products into the buffer of heads, side by side from ``offset`` on."""
+        for module in modules:
+            self.linear(
+                module,
+                source,
+                HEADS,
+                stride=self.widths[HEADS],
+                offset=offset,
+                wait=module is modules[-1],
+            )
+            offset += module.weight.shape[0]
 
     def to_int8(self) -> None:
         """Give every product int8 weights, rounded to nearest with one scale a row."""
@@ -180,114 +222,3 @@ def rounded(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     values = weight.detach().float()
     scales = (values.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
     return (values / scales[:, None]).round().to(torch.int8), scales
-
-
-def lower(model: Any, windows: Sequence[int]) -> Program:
-    """Read the program of a decoder-only model off its modules.
-
-    Args:
-        model: A causal model of transformers: RMS norms, rotary positions, gated MLPs (Llama,
-            Mistral, Qwen2, Qwen3 and what is built like them), on the CPU, float32 or bfloat16.
-        windows: Keys that each layer sees, counted from the query; 0 is all of them.
-
-    Raises:
-        UnsupportedModelError: The model is built in another way; the message says where.
-    """
-    config, base = model.config, getattr(model, "model", None)
-    if base is None or not hasattr(base, "layers") or not hasattr(base, "rotary_emb"):
-        raise UnsupportedModelError("its decoder has no layers with rotary positions")
-    rope = getattr(base.rotary_emb, "rope_type", None)
-    if rope not in ("default", "linear", "llama3", "yarn"):
-        raise UnsupportedModelError(f"its rotary positions are of type {rope!r}")
-    dtypes = {p.dtype for p in model.parameters()}
-    if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16}:
-        raise UnsupportedModelError("its weights are not all float32 or all bfloat16")
-    if next(model.parameters()).device.type != "cpu":
-        raise UnsupportedModelError("it is not on the CPU")
-    if config.hidden_act not in ACTIVATIONS:
-        raise UnsupportedModelError(f"its activation is {config.hidden_act!r}")
-    try:
-        program = _llama(model, windows)
-    except AttributeError as error:
-        raise UnsupportedModelError(f"its layers are built in another way ({error})") from error
-    read = {t.data_ptr() for t in program.tensors}
-    left = [name for name, p in model.named_parameters() if p.data_ptr() not in read]
-    if left:
-        raise UnsupportedModelError(f"it has more parameters than a Llama has, such as {left[0]}")
-    return program
-
-
-def _llama(model: Any, windows: Sequence[int]) -> Program:
-    config, base = model.config, model.model
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    head_dim = base.layers[0].self_attn.head_dim
-    head = model.get_output_embeddings()
-    program = Program(
-        layers=len(base.layers),
-        hidden_size=config.hidden_size,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        inner=base.layers[0].mlp.down_proj.weight.shape[1],
-        vocab_size=head.weight.shape[0],
-        rotary=base.rotary_emb,
-    )
-    width = program.hidden_size
-    everywhere: dict[str, Any] = {"in_width": width, "out_width": width}
-    program.add(
-        Kind.EMBED, target=STREAM, weight=base.embed_tokens.weight, factor=1.0, **everywhere
-    )
-    for index, layer in enumerate(base.layers):
-        attention, mlp = layer.self_attn, layer.mlp
-        program.add(Kind.TAP, source=STREAM, layer=index, wait=False, **everywhere)
-        _norm(program, layer.input_layernorm, STREAM, NORMED)
-        offset = 0
-        for name in ("q_proj", "k_proj", "v_proj"):
-            module = getattr(attention, name)
-            program.linear(
-                module,
-                NORMED,
-                HEADS,
-                stride=program.widths[HEADS],
-                offset=offset,
-                wait=name == "v_proj",
-            )
-            offset += module.weight.shape[0]
-        q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-        norms = (
-            {"weight": q_norm.weight, "gate": k_norm.weight, "eps": q_norm.variance_epsilon}
-            if q_norm is not None and k_norm is not None
-            else {}
-        )
-        program.add(Kind.ROTATE, source=HEADS, layer=index, **norms)
-        program.add(
-            Kind.ATTEND,
-            source=HEADS,
-            target=NORMED,
-            layer=index,
-            factor=attention.scaling,
-            window=windows[index],
-        )
-        program.linear(attention.o_proj, NORMED, STREAM, add=True)
-        _norm(program, layer.post_attention_layernorm, STREAM, NORMED)
-        activation = ACTIVATIONS[config.hidden_act]
-        program.linear(mlp.up_proj, NORMED, INNER, gate=mlp.gate_proj, activation=activation)
-        program.linear(mlp.down_proj, INNER, STREAM, add=True)
-    program.add(Kind.TAP, source=STREAM, layer=program.layers, wait=False, **everywhere)
-    _norm(program, base.norm, STREAM, NORMED)
-    program.add(Kind.TAP, source=NORMED, layer=program.layers + 1, wait=False, **everywhere)
-    program.linear(head, NORMED, LOGITS)
-    return program
-
-
-def _norm(program: Program, module: Any, source: int, target: int) -> None:
-    width = module.weight.shape[0]
-    program.add(
-        Kind.NORM,
-        source=source,
-        target=target,
-        weight=module.weight,
-        eps=module.variance_epsilon,
-        in_width=width,
-        out_width=width,
-    )

@@ -52,7 +52,8 @@ class Stopper:
         max_new_tokens: Budget.
         end_tokens: Token ids that end the answer; the id itself is kept.
         stop: Strings that end the answer; the text is cut before them, tokens stay whole.
-        criteria: Called with the list of all new tokens so far; true ends the answer after them.
+        criteria: Called with the list of all new tokens so far; true ends the answer after them,
+            and a string is the reason.
         tokenizer: Needed for ``stop``.
 
     Attributes:
@@ -74,7 +75,7 @@ class Stopper:
         max_new_tokens: int,
         end_tokens: Sequence[int] = (),
         stop: Sequence[str] = (),
-        criteria: Callable[[list[int]], bool] | None = None,
+        criteria: Callable[[list[int]], bool | str] | None = None,
         tokenizer: Any = None,
     ) -> None:
         if any(not s for s in stop):
@@ -120,7 +121,7 @@ class Stopper:
         if token in self.end_tokens:
             self.reason = "stop"
             return True
-        if self.criteria is not None and self.criteria(so_far + new):
-            self.reason = "criteria"
-            return True
-        return False
+        over = self.criteria(so_far + new) if self.criteria is not None else False
+        if over:
+            self.reason = over if isinstance(over, str) else "criteria"
+        return bool(over)

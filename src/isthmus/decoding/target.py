@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -149,12 +149,7 @@ class HubTarget:
             InvalidInputError: Encoder inputs are missing or not wanted.
             UnsupportedModelError: More rows than ``max_batch``.
         """
-        if self.encoder_decoder != bool(inputs) and not self.takes_images:
-            raise InvalidInputError(
-                f"{type(self.model).__name__} needs encoder inputs"
-                if self.encoder_decoder
-                else f"{type(self.model).__name__} takes no encoder inputs and no images"
-            )
+        self.check_inputs(inputs)
         if self.max_batch is not None and batch > self.max_batch:
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} keeps a recurrent state; decode one row at a time"
@@ -162,6 +157,19 @@ class HubTarget:
         if self.recurrent:
             return RecurrentSession(self)
         return SlotSession(self, batch, self.encode(**inputs) if inputs else {})
+
+    def check_inputs(self, inputs: Mapping[str, Any]) -> None:
+        """Refuse encoder inputs where there is no encoder, and none where there is one.
+
+        Raises:
+            InvalidInputError: They are missing or not wanted.
+        """
+        if self.encoder_decoder != bool(inputs) and not self.takes_images:
+            raise InvalidInputError(
+                f"{type(self.model).__name__} needs encoder inputs"
+                if self.encoder_decoder
+                else f"{type(self.model).__name__} takes no encoder inputs and no images"
+            )
 
     @torch.no_grad()
     def encode(self, **inputs: Any) -> dict[str, Any]:
@@ -296,6 +304,15 @@ class HubTarget:
         """Logits [..., V] of last hidden states [..., D]."""
         out: torch.Tensor = self.model.get_output_embeddings()(hidden)
         return out
+
+    @property
+    def final_norm(self) -> Any:
+        """The decoder's norm between its last layer and the head, or None where there is none."""
+        decoder = self.model.get_decoder()
+        names = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
+        return next(
+            (n for n in (getattr(decoder, name, None) for name in names) if n is not None), None
+        )
 
     @contextmanager
     def _placed(self, positions: torch.Tensor | None) -> Iterator[None]:
@@ -442,6 +459,15 @@ def join_encoded(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any
         ]
         joined["attention_mask"] = torch.cat([F.pad(m, (0, width - m.shape[1])) for m in whole])
     return joined
+
+
+def followed(session: Session, rows: Sequence[int]) -> Session:
+    """The session with row b as a copy of ``rows[b]``: itself where it can, else a fork."""
+    rows = list(rows)
+    if isinstance(session, SlotSession) and len(rows) == len(session.lengths):
+        session.reorder(rows)
+        return session
+    return session if rows == list(range(len(session.lengths))) else session.fork(rows)
 
 
 class SlotSession:
@@ -597,15 +623,29 @@ class SlotSession:
         """Forget cached tokens beyond the given lengths."""
         self.cache.truncate(lengths)
 
-    def fork(self, rows: Sequence[int]) -> SlotSession:
-        """Copies of the given rows."""
-        encoded = dict(self.encoded)
+    def reorder(self, rows: Sequence[int]) -> None:
+        """Let row b go on as a copy of ``rows[b]``, in place; as many rows as there are."""
+        self.cache.reorder(rows)
         if self.encoded:
             index = torch.tensor(list(rows), device=self.target.device)
-            states = self.encoded["encoder_outputs"][0].index_select(0, index)
-            encoded["encoder_outputs"] = BaseModelOutput(last_hidden_state=states)
-            if "attention_mask" in self.encoded:
-                encoded["attention_mask"] = self.encoded["attention_mask"][index]
+            self.encoded = self._encoded(index)
+            if isinstance(self._hub, EncoderDecoderCache):
+                cross: Any = self._hub.cross_attention_cache
+                cross.reorder_cache(index)
+
+    def _encoded(self, index: torch.Tensor) -> dict[str, Any]:
+        """Encoder outputs of the given rows [R]."""
+        encoded = dict(self.encoded)
+        states = self.encoded["encoder_outputs"][0].index_select(0, index)
+        encoded["encoder_outputs"] = BaseModelOutput(last_hidden_state=states)
+        if "attention_mask" in self.encoded:
+            encoded["attention_mask"] = self.encoded["attention_mask"][index]
+        return encoded
+
+    def fork(self, rows: Sequence[int]) -> SlotSession:
+        """Copies of the given rows."""
+        index = torch.tensor(list(rows), device=self.target.device)
+        encoded = self._encoded(index) if self.encoded else {}
         return self._twin(self.cache.select(rows), encoded)
 
     def join(self, other: Session) -> SlotSession:

@@ -307,6 +307,31 @@ class TokenTree:
             return [self.nodes - 1] * self.batch
         return [int(n) - 1 for n in self.alive.sum(-1).tolist()]
 
+    def follow(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The path that spells the given tokens below the root, as far as the tree has it.
+
+        Args:
+            tokens: int64 [B, M], padded with -1.
+
+        Returns:
+            Nodes, the root first, int64 [B, M + 1], padded with -1.
+
+        Example:
+            >>> tree = TokenTree.from_paths(7, [[1, 2], [1, 3], [4]])
+            >>> tree.follow(torch.tensor([[1, 3, 9]])).tolist()
+            [[0, 1, 4, -1]]
+        """
+        tokens = tokens.to(self.tokens.device)
+        node = tokens.new_zeros(len(tokens))
+        path = [node]
+        parent = self.topology.parent
+        for wanted in tokens.unbind(1):
+            fits = (parent == node[:, None]) & (self.tokens == wanted[:, None]) & self.alive
+            found, index = fits.to(torch.uint8).max(1)
+            node = torch.where((found > 0) & (node >= 0), index, -2)  # -1 is the root's parent
+            path.append(node)
+        return torch.stack(path, 1).clamp(min=-1)
+
     def prune(self, keep: torch.Tensor, *, closed: bool = False) -> TokenTree:
         """Drop nodes that no row keeps; ``keep`` bool [B, N] must be closed under ancestors.
 

@@ -24,6 +24,9 @@ ROOM = 66
 
 PICTURES = (".png", ".svg", ".pdf")
 
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+"""Of Okabe and Ito, told apart by colour-blind eyes."""
+
 
 @dataclass(frozen=True)
 class Forward:
@@ -142,10 +145,9 @@ def draw(
     for rate, _, style in reads:
         axes.plot([left, peak / rate, right], [left * rate, peak, peak], style, c="0.25", lw=1.5)
     axes.text(right / 1.1, peak * 1.1, f"{peak:.3g} GFLOP/s", ha="right", color="0.25", fontsize=9)
-    colours = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"]
     for i, length in enumerate(dict.fromkeys(p.cached for p in points)):
         chosen = [k for k, p in enumerate(points) if p.cached == length]
-        colour = colours[i % len(colours)]
+        colour = COLOURS[i % len(COLOURS)]
         x, y = [places[k] for k in chosen], [rates[k] for k in chosen]
         axes.plot(x, y, "o-", c=colour, ms=5, lw=1, label=f"{length} cached tokens")
         if i == 0:
@@ -177,6 +179,15 @@ def draw(
             color="0.25",
             fontsize=9,
         )
+    save(figure, path)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a picture as a whole.
+
+    Raises:
+        BrokenFileError: It cannot be written.
+    """
     with writable(path.parent):
         part = path.with_name(f".{path.name}.{os.getpid()}.part{path.suffix}")
         try:

@@ -10,6 +10,7 @@ trained under one version may then have seen, under another name, a file that is
 other. Numbers in one table therefore name the corpus digest they were measured on.
 """
 
+import ast
 import functools
 import hashlib
 import os
@@ -176,7 +177,12 @@ def digest() -> str:
 
 
 def prompts(
-    count: int, tokenizer: Encoder, prompt_tokens: int = 96, seed: int = 0
+    count: int,
+    tokenizer: Encoder,
+    prompt_tokens: int = 96,
+    seed: int = 0,
+    *,
+    prose: bool = False,
 ) -> list[list[int]]:
     """Prompts from held-out files, each beginning at a line start.
 
@@ -185,6 +191,7 @@ def prompts(
         tokenizer: Any tokenizer with the ``encode`` of transformers.
         prompt_tokens: Length of each prompt in tokens, at least 1.
         seed: Other seeds give other prompts.
+        prose: Prompts from inside docstrings instead of anywhere in a file.
 
     Returns:
         ``count`` lists of ``prompt_tokens`` ids. No file is used a second time before every file
@@ -200,6 +207,8 @@ def prompts(
         )
     rng = random.Random(seed)
     documents = texts("held-out")
+    if prose:
+        documents = [words for text in documents for words in docstrings(text)]
     rng.shuffle(documents)
     longest = 16 * prompt_tokens  # Characters; far more than twice the tokens asked for.
     chosen: list[list[int]] = []
@@ -218,6 +227,22 @@ def prompts(
                 f"no held-out file is long enough for prompts of {prompt_tokens} tokens"
             )
     return chosen
+
+
+def docstrings(text: str) -> list[str]:
+    r"""Docstrings of a Python source text, in order.
+
+    Example:
+        >>> docstrings('def f():\n    "Words."\n')
+        ['Words.']
+    """
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError):
+        return []
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
+    return [words for words in found if words]
 
 
 def _line_starts(text: str) -> Sequence[int]:

@@ -25,8 +25,8 @@ import torch
 
 from isthmus.claims import Claim, Gate, Row, Ruler, Scale, judge
 from isthmus.decoding.generation import Generation
+from isthmus.decoding.own_loop import BatchStrategy, row_generators
 from isthmus.decoding.relay import Relay, choose
-from isthmus.decoding.strategy import BatchStrategy, row_generators
 from isthmus.errors import InvalidInputError, UnsupportedModelError
 from isthmus.roles import RoundTrace, Target
 from isthmus.workbench import sums

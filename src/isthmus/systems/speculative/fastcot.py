@@ -24,7 +24,7 @@ import torch
 
 from isthmus.claims import Claim, Gate, Row, Ruler, Scale, judge, ratio
 from isthmus.decoding.generation import Generation
-from isthmus.decoding.strategy import BatchStrategy
+from isthmus.decoding.own_loop import BatchStrategy
 from isthmus.decoding.tree import TokenTree, chain_topology
 from isthmus.errors import InvalidInputError, UnsupportedModelError
 from isthmus.roles import RoundTrace, Target

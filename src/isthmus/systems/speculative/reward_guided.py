@@ -25,10 +25,10 @@ import torch
 
 from isthmus.claims import Claim, Gate, Row, Ruler, Scale, judge
 from isthmus.decoding.generation import Generation
+from isthmus.decoding.own_loop import BatchStrategy, row_generators
 from isthmus.decoding.relay import Relay, StepEnd
 from isthmus.decoding.rewards import NoReward, Reward, StateReward
 from isthmus.decoding.state_head import StateHead
-from isthmus.decoding.strategy import BatchStrategy, row_generators
 from isthmus.errors import InvalidInputError, UnsupportedModelError
 from isthmus.roles import RoundTrace, Target
 from isthmus.workbench import sums

@@ -1,0 +1,1 @@
+"""One ruler for what systems make."""

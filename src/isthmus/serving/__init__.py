@@ -1,0 +1,1 @@
+"""Serving: a model behind HTTP, with the interface that OpenAI's clients speak."""
