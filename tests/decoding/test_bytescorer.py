@@ -184,7 +184,8 @@ def test_refusals() -> None:
     with pytest.raises(InvalidInputError, match="reads 4"):
         ByteScorer(TableTarget(3, max_length=4), vocab, [2]).logp(b"aabab")
     with pytest.raises(InvalidInputError, match="no probability"):
-        exact(vocab, {b"ab": 1.0}).logp(b"b")
+        exact(vocab, {b"ab": 1.0}).read(b"b")
+    assert exact(vocab, {b"ab": 1.0}).logp(b"b") == -math.inf
     lower = byte_level()
     lower.backend_tokenizer.normalizer = normalizers.Lowercase()
     with pytest.raises(InvalidInputError, match="Lowercase"):

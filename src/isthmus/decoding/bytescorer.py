@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -45,9 +45,10 @@ class PrefixScorer:
     """Log-probabilities of token sequences that share a beginning, one forward for all.
 
     Args:
-        target: A model without encoder inputs to come.
+        target: The model.
         start: Tokens that every sequence begins with, at least one; they are given, not scored.
         reshape: Changes logits before they are normalised; they stay as they are when None.
+        inputs: Encoder inputs of encoder-decoder models.
 
     Attributes:
         forwards: Calls of the model.
@@ -58,7 +59,11 @@ class PrefixScorer:
     """
 
     def __init__(
-        self, target: Target, start: Sequence[int], reshape: Reshaped | None = None
+        self,
+        target: Target,
+        start: Sequence[int],
+        reshape: Reshaped | None = None,
+        **inputs: Any,
     ) -> None:
         if target.reach == "step":
             raise UnsupportedModelError(
@@ -70,7 +75,7 @@ class PrefixScorer:
         self.target, self.start, self.reshape = target, list(start), reshape
         self.forwards = 0
         self._device = getattr(target, "device", "cpu")
-        self._session = target.session(1)
+        self._session = target.session(1, **inputs)
         self._session.prefill([torch.tensor(self.start[:-1], dtype=torch.int64)])
         self._ids, self._sums = list(self.start), [0.0] * len(self.start)
 
@@ -271,7 +276,8 @@ class ByteScorer:
 
     def logp(self, text: bytes) -> float:
         """Log-probability that a text begins with these bytes, in nats."""
-        return self.read(text).logp
+        covers, _ = self._covers(self._candidates(self._lead + text, ahead=False))
+        return float(covers.logsumexp(0))
 
     def next_byte(self, text: bytes) -> torch.Tensor:
         """Log-probabilities of the byte after a text and, last, of its end, [257]."""
@@ -314,7 +320,7 @@ class ByteScorer:
         Raises:
             InvalidInputError: The model gives the text no probability at all.
         """
-        found = self._candidates(self._lead + text)
+        found = self._candidates(self._lead + text, ahead=False)
         mass, chosen = self._covers(found)
         if not bool(torch.isfinite(mass).any()):
             raise InvalidInputError(f"the model gives no probability to {text[-40:]!r}")
@@ -334,8 +340,11 @@ class ByteScorer:
         whole = found.mass.new_tensor([found.sums[k] for k in found.whole])
         return torch.cat([found.mass[chosen], whole]), chosen
 
-    def _candidates(self, text: bytes) -> _Candidates:
-        """All tokens that go on from a place in the text and reach beyond its end."""
+    def _candidates(self, text: bytes, *, ahead: bool = True) -> _Candidates:
+        """All tokens that go on from a place in the text and reach beyond its end.
+
+        Without ``ahead``, from places before its end only: all that covers are made of.
+        """
         places = self._places(text)
         sums, laws = self.prefixes.score([prefix for _, prefix in places])
         tokens: list[int] = []
@@ -343,6 +352,8 @@ class ByteScorer:
         owners: list[int] = []
         for k, (at, _) in enumerate(places):
             known = len(text) - at
+            if not known and not ahead:
+                continue
             for i in self.vocab.starting(text[at:]) if known else self._firsts:
                 word = self.vocab.bytes(i) or b""
                 if len(word) > known and i < self._width:
