@@ -13,8 +13,9 @@ from isthmus.decoding.byte_fusion import (
     rescored,
     softened,
 )
-from isthmus.decoding.bytescorer import ByteScorer, PrefixScorer
+from isthmus.decoding.bytescorer import ByteScorer
 from isthmus.decoding.bytevocab import ByteVocab
+from isthmus.decoding.prefixes import PrefixScorer
 from isthmus.decoding.table import ListTarget, TableTarget
 from isthmus.errors import InvalidInputError
 from isthmus.workbench import chains

@@ -16,8 +16,9 @@ from typing import Literal
 
 import torch
 
-from isthmus.decoding.bytescorer import END, ByteScorer, PrefixScorer, Reshaped
+from isthmus.decoding.bytescorer import END, ByteScorer
 from isthmus.decoding.bytevocab import ByteVocab
+from isthmus.decoding.prefixes import PrefixScorer, Reshaped
 from isthmus.errors import InvalidInputError
 from isthmus.roles import Hypothesis
 
