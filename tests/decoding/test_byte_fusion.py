@@ -4,6 +4,8 @@ from itertools import product
 
 import pytest
 import torch
+from test_bytevocab import byte_level
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from isthmus.decoding.byte_fusion import (
     ByteMember,
@@ -13,11 +15,15 @@ from isthmus.decoding.byte_fusion import (
     rescored,
     softened,
 )
-from isthmus.decoding.bytescorer import ByteScorer, PrefixScorer
+from isthmus.decoding.bytescorer import ByteScorer
 from isthmus.decoding.bytevocab import ByteVocab
+from isthmus.decoding.model import Model
+from isthmus.decoding.prefixes import PrefixScorer
 from isthmus.decoding.table import ListTarget, TableTarget
 from isthmus.errors import InvalidInputError
+from isthmus.models.hub import load_checkpoint
 from isthmus.workbench import chains
+from isthmus.workbench.reference import EMBEDDED
 
 WORDS = {b"catnip": 0.6, b"carpet": 0.3, b"cab": 0.1}
 
@@ -72,6 +78,25 @@ def test_bytes_are_generated_until_the_end() -> None:
     assert fused.generate(b"ca", 10) == b"tnip"
     assert fused.generate(b"ca", 2) == b"tn"
     assert fused.generate(b"c", 10, torch.Generator().manual_seed(0)) in {w[1:] for w in WORDS}
+
+
+def test_loaded_models_with_unlike_tokenizers_are_one() -> None:
+    loaded = load_checkpoint(str(EMBEDDED / "pycode-t"))
+    code = Model(loaded.model, loaded.tokenizer)
+    tokenizer = byte_level()
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=len(tokenizer), intermediate_size=32, eos_token_id=0, **sizes)
+    other = Model(LlamaForCausalLM(config).eval(), tokenizer)
+    prompt = b"import os\n\ndef path(name):\n    ret"
+    both = NextByte.of([code, other])
+    assert both.generate(prompt, 4) == b"urn "  # the prompt ends inside a token of one of them
+    law = both.law(prompt).exp()
+    assert abs(float(law.sum()) - 1) < 1e-9
+    alone, own = NextByte.of([code, other], [1, 0]), ByteScorer.of(code)
+    assert torch.allclose(alone.law(prompt), own.next_byte(prompt).double(), atol=1e-5)
+    with pytest.raises(InvalidInputError, match="2 models and 1 weights"):
+        NextByte.of([code, other], [1.0])
 
 
 def recogniser(seen: dict[bytes, float]) -> Leader:

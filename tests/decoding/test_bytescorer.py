@@ -10,8 +10,9 @@ import torch
 from test_bytevocab import byte_level
 from tokenizers import Tokenizer, models, normalizers
 
-from isthmus.decoding.bytescorer import CHUNK, END, ByteScorer, PrefixScorer
+from isthmus.decoding.bytescorer import END, ByteScorer
 from isthmus.decoding.bytevocab import ByteVocab
+from isthmus.decoding.prefixes import CHUNK, PrefixScorer
 from isthmus.decoding.table import ListTarget, TableTarget
 from isthmus.errors import InvalidInputError, UnsupportedModelError
 

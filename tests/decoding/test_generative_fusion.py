@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from isthmus.decoding.byte_fusion import lead_and_score
-from isthmus.decoding.bytescorer import PrefixScorer
 from isthmus.decoding.model import Model
+from isthmus.decoding.prefixes import PrefixScorer
 from isthmus.models.hub import load_checkpoint
 from isthmus.systems.decoding.generative_fusion import (
     PROMPT,

@@ -6,8 +6,9 @@ from itertools import product
 import pytest
 import torch
 
-from isthmus.decoding.bytescorer import END, PrefixScorer
+from isthmus.decoding.bytescorer import END
 from isthmus.decoding.model import Model
+from isthmus.decoding.prefixes import PrefixScorer
 from isthmus.models.hub import load_checkpoint
 from isthmus.systems.decoding.tokenization_bias import (
     Settings,

@@ -12,14 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from isthmus.decoding.bytescorer import END, ByteScorer, PrefixScorer, Reshaped
+from isthmus.decoding.bytescorer import END, ByteScorer
 from isthmus.decoding.bytevocab import ByteVocab
+from isthmus.decoding.prefixes import PrefixScorer, Reshaped
 from isthmus.errors import InvalidInputError
 from isthmus.roles import Hypothesis
+
+if TYPE_CHECKING:
+    from isthmus.decoding.model import Model
 
 FLOOR = -10.0
 """What a follower says about no text at all, in nats a token."""
@@ -75,6 +79,29 @@ class NextByte:
         if how == "mixture" and any(m.weight < 0 for m in self.members):
             raise InvalidInputError("a mixture takes no negative weights; use a product")
         self.how = how
+
+    @classmethod
+    def of(
+        cls,
+        models: Sequence[Model],
+        weights: Sequence[float] = (),
+        how: Literal["product", "mixture"] = "product",
+    ) -> NextByte:
+        """The fusion of loaded models, whatever their tokenizers.
+
+        Args:
+            models: Decoder-only models with tokenizers.
+            weights: One for each; equal shares when empty.
+            how: As above.
+
+        Raises:
+            InvalidInputError: The numbers of models and weights differ.
+        """
+        shares = list(weights) or [1 / max(1, len(models))] * len(models)
+        if len(shares) != len(models):
+            raise InvalidInputError(f"there are {len(models)} models and {len(shares)} weights")
+        pairs = zip(models, shares, strict=True)
+        return cls([ByteMember(ByteScorer.of(m), w) for m, w in pairs], how)
 
     def law(self, text: bytes) -> torch.Tensor:
         """Log-probabilities of the next byte and of the end, [257].

@@ -20,8 +20,9 @@ from typing import ClassVar
 
 from isthmus.claims import Claim, Gate, Row, Ruler, Scale, judge
 from isthmus.decoding.byte_fusion import ByteMember, Leader, lead_and_score, rescored, softened
-from isthmus.decoding.bytescorer import ByteScorer, Covers, PrefixScorer
+from isthmus.decoding.bytescorer import ByteScorer, Covers
 from isthmus.decoding.model import Model
+from isthmus.decoding.prefixes import PrefixScorer
 from isthmus.models.hub import load_checkpoint
 from isthmus.roles import Hypothesis
 from isthmus.workbench import letters

@@ -24,10 +24,11 @@ from typing import Any, ClassVar
 import torch
 
 from isthmus.claims import Claim, Gate, Row, Ruler, Scale, judge
-from isthmus.decoding.bytescorer import END, ByteScorer, Covers, PrefixScorer
+from isthmus.decoding.bytescorer import END, ByteScorer, Covers
 from isthmus.decoding.bytevocab import ByteVocab
 from isthmus.decoding.generation import Generation
 from isthmus.decoding.model import Model
+from isthmus.decoding.prefixes import PrefixScorer
 from isthmus.decoding.target import HubTarget
 from isthmus.models.hub import load_checkpoint
 from isthmus.roles import Target
