@@ -193,7 +193,10 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
         ),
         scale=scale,
         device="cpu",
-        status=judge(gates, direction),
+        status=(status := judge(gates, direction)),
+        reason=""
+        if status == "reproduced"
+        else f"fewer words are wrong, by less than 8% of them, on {count} lines",
         gates=gates,
         notes=(
             f"Recogniser: letters and a bigram law of letters; language model: pycode-t. Chosen on "
