@@ -99,7 +99,10 @@ function showRound(round) {
   });
   const lost = round.drafted.length - round.accepted;
   const item = make("li");
-  const head = `${round.drafter === "none" ? "plain" : round.drafter}: ${round.emitted.length} tokens, ${round.accepted} of ${round.drafted.length} drafts accepted`;
+  const who = round.drafter === "none" ? "plain" : round.drafter;
+  const count = round.emitted.length === 1 ? "1 token" : `${round.emitted.length} tokens`;
+  const drafts = round.drafted.length ? `, ${round.accepted} of ${round.drafted.length} drafts accepted` : "";
+  const head = `${who}: ${count}${drafts}`;
   if (round.drafted.length) {
     const more = make("details");
     more.open = at("rejected").checked && lost > 0;
