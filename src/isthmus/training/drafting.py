@@ -14,14 +14,12 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from isthmus.decoding.acceptance import Lossless
 from isthmus.decoding.engine import Request, decode
@@ -29,8 +27,9 @@ from isthmus.decoding.law import Law
 from isthmus.decoding.policy import Fixed
 from isthmus.decoding.stopping import Stopper
 from isthmus.decoding.trained import Batch, TrainedDrafter, target_fingerprint
-from isthmus.errors import BrokenFileError, InvalidInputError, MismatchError
+from isthmus.errors import InvalidInputError, MismatchError
 from isthmus.roles import Shape
+from isthmus.training import state_file
 
 
 @dataclass(frozen=True)
@@ -263,33 +262,18 @@ class DraftTraining:
             "best": self.best,
             "curve": self.curve,
         }
-        try:
-            self.state.parent.mkdir(parents=True, exist_ok=True)
-            part = self.state.with_suffix(".part")
-            copies = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-            save_file(copies, part, metadata={"run": json.dumps(note)})
-            part.replace(self.state)
-        except OSError as error:
-            raise BrokenFileError(f"{self.state} cannot be written ({error.strerror})") from error
+        copies = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+        state_file.write(self.state, copies, note)
 
     def _load(self, path: Path) -> None:
-        try:
-            with safe_open(path, framework="pt") as file:
-                note: dict[str, Any] = json.loads((file.metadata() or {})["run"])
-                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise BrokenFileError(
-                f"the unfinished run in {path} is damaged; delete that file to begin anew"
-            ) from error
+        tensors, note = state_file.read(path)
         if note["identity"] != self.identity:
             raise MismatchError(
                 f"the unfinished run in {path} has another recipe, target or data; delete that "
                 "file to begin anew, or repeat the command it was started with"
             )
 
-        def under(prefix: str) -> dict[str, torch.Tensor]:
-            return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-
+        under = partial(state_file.under, tensors)
         self.drafter.load_state_dict(under("now."))
         self.best_weights = under("best.")
         for i, p in enumerate(self.parameters):

@@ -32,14 +32,13 @@ from types import FrameType
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from isthmus.errors import BrokenFileError, InvalidInputError, MismatchError, require
 from isthmus.roles import Learner
 from isthmus.training.optimizers import optimizer
 from isthmus.training.schedules import schedule
+from isthmus.training.state_file import read, under, write
 
 Precision = Literal["32-true", "bf16-mixed", "bf16-true", "64-true"]
 
@@ -383,23 +382,10 @@ class Trainer:
         if not self.fabric.is_global_zero:
             return
         note = {"identity": self.identity, "state": dataclasses.asdict(self.state)}
-        part = self.path.with_suffix(".part")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, part, metadata={"run": json.dumps(note)})
-            part.replace(self.path)
-        except OSError as error:
-            raise BrokenFileError(f"{self.path} cannot be written ({error.strerror})") from error
+        write(self.path, tensors, note)
 
     def _load(self, path: Path) -> None:
-        try:
-            with safe_open(path, framework="pt") as file:
-                note: dict[str, Any] = json.loads((file.metadata() or {})["run"])
-                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise BrokenFileError(
-                f"the unfinished run in {path} is damaged; delete that file to begin anew"
-            ) from error
+        tensors, note = read(path)
         mine, theirs = self.identity, note["identity"]
         if mine != theirs:
             changed = [k for k in mine if mine[k] != theirs.get(k)]
@@ -408,15 +394,12 @@ class Trainer:
                 "command it was started with, or delete that file to begin anew"
             )
 
-        def under(prefix: str) -> dict[str, Any]:
-            return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-
-        self._put(under("now."))
-        self.best = under("best.")
+        self._put(under(tensors, "now."))
+        self.best = under(tensors, "best.")
         for i, parameter in enumerate(self.parameters):
             if self.average:
                 _fill(self.average[i], tensors[f"average.{i}"])
-            moments = under(f"moments.{i}.")
+            moments = under(tensors, f"moments.{i}.")
             if moments:
                 self.optimizer.optimizer.state[parameter] = {
                     name: value if value.ndim == 0 else _like(parameter, value)
