@@ -102,6 +102,17 @@ class _Group:
         self.done_tokens = both.gather(1, index[:, :, None].expand(-1, -1, length))
 
 
+def _ranked(found: list[Hypothesis], room: int) -> list[Hypothesis]:
+    """Answers of one row, best first.
+
+    Raises:
+        DeadEnd: There is none.
+    """
+    if not found:
+        raise DeadEnd(f"the law left no answer of at most {room} tokens to the beam")
+    return sorted(found, key=lambda h: -h.score)
+
+
 class BeamSearch:
     """Beam search with groups, a length penalty and an optional ranker.
 
@@ -261,9 +272,7 @@ class BeamSearch:
                 )
                 if score > -torch.inf
             ]
-            if not found:
-                raise DeadEnd(f"the law left no answer of at most {self._room} tokens to the beam")
-            out.append(sorted(found, key=lambda h: -h.score))
+            out.append(_ranked(found, self._room))
         return out
 
 
@@ -384,7 +393,5 @@ class StochasticBeam:
                 )
                 if gumbel > -torch.inf
             ]
-            if not found:
-                raise DeadEnd(f"the law left no answer of at most {self._room} tokens to the beam")
-            out.append(sorted(found, key=lambda h: -h.score))
+            out.append(_ranked(found, self._room))
         return out

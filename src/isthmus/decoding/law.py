@@ -185,7 +185,7 @@ class Law:
         flat = logits.reshape(b * n, v)
         prefixes: list[tuple[torch.Tensor, torch.Tensor]] | None = None
         for processor in self.processors:
-            if isinstance(processor, Reshape):
+            if processor in self.reshapes:
                 flat = processor(flat.view(b, n, v), tree, context).reshape(b * n, v)
                 continue
             if isinstance(processor, ROW_WISE):

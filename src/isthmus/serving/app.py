@@ -43,6 +43,18 @@ def _event(data: dict[str, Any]) -> str:
     return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
+async def _whole(events: AsyncIterator[str], flow: Any) -> AsyncIterator[str]:
+    """A stream with its end, or the error in its place; whatever happens, its jobs are let go."""
+    try:
+        async for event in events:
+            yield event
+        yield "data: [DONE]\n\n"
+    except HTTPException as failed:
+        yield _event(body_of(failed.status_code, str(failed.detail)))
+    finally:
+        await flow.aclose()
+
+
 STREAM = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
@@ -209,32 +221,26 @@ def create_app(
             return Response(status_code=499)  # nobody is there any more
 
         async def events() -> AsyncIterator[str]:
-            try:
-                for a in answers:
-                    if opening is not None:
-                        yield _event({**chunk, "choices": [opening(a)], **waiting})
-                    elif echo:
-                        part = choice(a, a.echo, None, None, True)
-                        yield _event({**chunk, "choices": [part], **waiting})
-                entry: Any = first
-                while entry is not None:
-                    a, tokens, done = entry
-                    text = a.push(tokens, last=done)
-                    found = server.logprobs(a, chat)
-                    if text or found or done:
-                        reason = a.job.result.finish_reason if done else None
-                        part = choice(a, text, found, reason, True)
-                        yield _event({**chunk, "choices": [part], **waiting})
-                    entry = await anext(flow, None)
-                if body.usage:
-                    yield _event({**chunk, "choices": [], "usage": server.usage(answers, n)})
-                yield "data: [DONE]\n\n"
-            except HTTPException as failed:
-                yield _event(body_of(failed.status_code, str(failed.detail)))
-            finally:
-                await flow.aclose()  # type: ignore[attr-defined]
+            for a in answers:
+                if opening is not None:
+                    yield _event({**chunk, "choices": [opening(a)], **waiting})
+                elif echo:
+                    part = choice(a, a.echo, None, None, True)
+                    yield _event({**chunk, "choices": [part], **waiting})
+            entry: Any = first
+            while entry is not None:
+                a, tokens, done = entry
+                text = a.push(tokens, last=done)
+                found = server.logprobs(a, chat)
+                if text or found or done:
+                    reason = a.job.result.finish_reason if done else None
+                    part = choice(a, text, found, reason, True)
+                    yield _event({**chunk, "choices": [part], **waiting})
+                entry = await anext(flow, None)
+            if body.usage:
+                yield _event({**chunk, "choices": [], "usage": server.usage(answers, n)})
 
-        return Stream(events(), 2 * limits.timeout_s)
+        return Stream(_whole(events(), flow), 2 * limits.timeout_s)
 
     @app.post("/v1/completions")
     async def completions(request: Request, body: Annotated[CompletionRequest, Body()]) -> Response:
@@ -313,48 +319,42 @@ def create_app(
         start = time.monotonic()
 
         async def events() -> AsyncIterator[str]:
-            try:
-                shown, count = 0, 0
-                entry: Any = first
-                while entry is not None:
-                    a, tokens, done = entry
-                    count += len(tokens)
-                    rounds = a.job.result.rounds
-                    if tokens and shown < len(rounds):
-                        made = rounds[shown]
-                        shown += 1
-                        text = a.push(tokens, last=False)
-                        yield _event(
-                            asdict(
-                                trace_round(
-                                    made,
-                                    tokens,
-                                    server.shown_text,
-                                    seconds=time.monotonic() - start,
-                                    forwards=shown,
-                                    count=count,
-                                )
+            shown, count = 0, 0
+            entry: Any = first
+            while entry is not None:
+                a, tokens, done = entry
+                count += len(tokens)
+                rounds = a.job.result.rounds
+                if tokens and shown < len(rounds):
+                    made = rounds[shown]
+                    shown += 1
+                    text = a.push(tokens, last=False)
+                    yield _event(
+                        asdict(
+                            trace_round(
+                                made,
+                                tokens,
+                                server.shown_text,
+                                seconds=time.monotonic() - start,
+                                forwards=shown,
+                                count=count,
                             )
-                            | {"text": text}
                         )
-                    if done:
-                        result = a.job.result
-                        yield _event(
-                            {
-                                "text": a.push((), last=True),
-                                "finish_reason": result.finish_reason,
-                                "stats": result.stats.to_dict(),
-                                "notes": result.notes,
-                            }
-                        )
-                    entry = await anext(flow, None)
-                yield "data: [DONE]\n\n"
-            except HTTPException as failed:
-                yield _event(body_of(failed.status_code, str(failed.detail)))
-            finally:
-                await flow.aclose()  # type: ignore[attr-defined]
+                        | {"text": text}
+                    )
+                if done:
+                    result = a.job.result
+                    yield _event(
+                        {
+                            "text": a.push((), last=True),
+                            "finish_reason": result.finish_reason,
+                            "stats": result.stats.to_dict(),
+                            "notes": result.notes,
+                        }
+                    )
+                entry = await anext(flow, None)
 
-        return Stream(events(), 2 * limits.timeout_s)
+        return Stream(_whole(events(), flow), 2 * limits.timeout_s)
 
     static = str(files("isthmus.serving") / "static")
     app.mount("/", StaticFiles(directory=static, html=True), name="page")

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request
@@ -73,11 +73,9 @@ class Answer:
     shown: int = 0
     told: int = 0
     offset: int = 0
-    fresh: list[int] = field(default_factory=list)
 
     def push(self, tokens: Sequence[int], *, last: bool) -> str:
         """New text; a beginning of a stop string is held back."""
-        self.fresh += tokens
         if last:
             text = self.job.result.text
         elif self.job.result.finish_reason:

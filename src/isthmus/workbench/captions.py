@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
@@ -25,6 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from isthmus.models.hub import load_checkpoint
 from isthmus.workbench._training import IGNORED, Recipe, build
 from isthmus.workbench.courses import made
+from isthmus.workbench.tokenizer import word_tokenizer
 
 OBJECTS, PATCHES = 12, 5
 HABIT = 0.95
@@ -115,12 +115,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     """One word a token: names, and what patches show."""
     words = [END, "?", *(f"o{i}" for i in range(OBJECTS)), "empty"]
     words += [f"p{i}" for i in range(OBJECTS)]
-    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=END))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tok: Any = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token=END, eos_token=END, pad_token=END, unk_token=END
-    )
-    return tok  # type: ignore[no-any-return]
+    return word_tokenizer(words)
 
 
 class CaptionsCourse:

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
@@ -24,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from isthmus.workbench._training import IGNORED, Recipe, build
 from isthmus.workbench.courses import made
 from isthmus.workbench.pycode import Split
+from isthmus.workbench.tokenizer import word_tokenizer
 
 SIZE = 16
 """Numbers are 0 to 15; arithmetic is modulo 16."""
@@ -130,12 +130,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
         >>> tokenizer().decode(tokenizer().encode("sort tail"))
         'sort tail'
     """
-    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token=END))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tok: Any = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token=END, eos_token=END, pad_token=END, unk_token=END
-    )
-    return tok  # type: ignore[no-any-return]
+    return word_tokenizer(WORDS)
 
 
 RECIPE = Recipe(

@@ -1,6 +1,6 @@
-"""The byte-level BPE tokenizer that all `pycode` models share."""
+"""The byte-level BPE tokenizer that all `pycode` models share, and one of whole words."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +23,22 @@ _PIECES = (
     r"|[^\S\n]+(?=[^\S\n])"
     r"|[^\S\n]+"
 )
+
+
+def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """One token a word, in the order given; words stand between spaces.
+
+    Args:
+        words: The words; the first one begins, ends and pads, and stands for what is unknown.
+
+    Example:
+        >>> word_tokenizer(["<end>", "a", "b"]).encode("b a x")
+        [2, 1, 0]
+    """
+    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=words[0]))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), words[0])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
