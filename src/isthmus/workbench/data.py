@@ -13,7 +13,7 @@ from typing import Any
 
 from isthmus.errors import InvalidInputError, UnknownNameError
 from isthmus.training.data import Data, Pair, read, read_hub
-from isthmus.workbench import dates, pycode
+from isthmus.workbench import dates, numbers, pycode
 
 PREFIX, HUB = "workbench:", "hub:"
 
@@ -47,6 +47,7 @@ def _pycode(step: int, name: str) -> Data[str]:
 
 SOURCES: dict[str, Source] = {
     "dates": Source("pairs", _dates, "dates in fifteen languages and their ISO form"),
+    "numbers": Source("pairs", numbers.data, "numbers in words of four languages, and digits"),
     "pycode": Source("texts", lambda: _pycode(1, "pycode"), "source of Python's standard library"),
     "pycode-tenth": Source("texts", lambda: _pycode(10, "pycode-tenth"), "every tenth file of it"),
 }
