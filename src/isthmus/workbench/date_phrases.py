@@ -36,9 +36,11 @@ FORMS = (
     "{w} the {d}{th} of {month} {y}",
     "{d} {month} {y}, {w}",
     "{month} {d}, {y}, a {w}",
-    "the {d}{th} of {month} {y}, {w}",
 )
-"""English ways to write a date; fields as in :class:`isthmus.workbench.dates.Language`."""
+"""English ways to write a date; fields as in :class:`isthmus.workbench.dates.Language`, and ``th``.
+
+The last characters of a beginning, and where it ends, tell which way it goes on: a text that mixes
+two ways is then a mistake of the model, or of the search, and not of a short memory as such."""
 
 LONGEST = 40
 """Characters of an English date at most."""
