@@ -101,7 +101,7 @@ def test_with_all_states_it_is_the_best_text_of_all(rounds, scan):
         assert float(found[1][row]) == pytest.approx(scored[best], abs=1e-4)
 
 
-@pytest.mark.parametrize("states", [3, 5])
+@pytest.mark.parametrize("states", [2, 3, 5])
 @pytest.mark.parametrize("rounds", [1, 2, 3])
 def test_what_is_found_scores_what_it_says_whatever_was_lost(states, rounds):
     tokens, logprobs = cascade(states=states, rounds=rounds, window=2).decode(SOURCE, MASK)
@@ -219,8 +219,8 @@ def test_a_model_that_ignores_the_mask_is_refused(monkeypatch):
     ("settings", "message"),
     [
         ({"rounds": 4}, "at most 3"),
-        ({"rounds": 0}, "rounds must be"),
-        ({"states": 0}, "states must be"),
+        ({"rounds": 0}, "rounds and batch must be"),
+        ({"states": 1}, "states must be"),
         ({"window": -1}, "window must be"),
         ({"rounds": 2, "window": 30}, "places for 24"),
     ],

@@ -52,9 +52,10 @@ class Settings:
     batch: int = 8
 
     def __post_init__(self) -> None:
-        for name in ("states", "rounds", "batch"):
-            if getattr(self, name) < 1:
-                raise InvalidInputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.states < 2:  # inside the window padding is one of them
+            raise InvalidInputError(f"states must be at least 2, got {self.states}")
+        if self.rounds < 1 or self.batch < 1:
+            raise InvalidInputError(f"rounds and batch must be at least 1, got {self}")
         if self.window < 0:
             raise InvalidInputError(f"window must be 0 or more, got {self.window}")
 
@@ -134,7 +135,7 @@ class MarkovCascade:
             tokens, logprobs = self.decode(asked["input_ids"].to(self.model.device), mask)
             rows = zip(tokens.tolist(), logprobs.tolist(), mask.sum(1).tolist(), strict=True)
             for row, logprob, length in rows:
-                kept = row[: row.index(self.end) + 1] if self.end in row else row
+                kept = row[: row.index(self.end) + 1]
                 result = Generation(tokens=kept, prompt_tokens=length, lossless=False)
                 result.text = self.tokenizer.decode(kept, skip_special_tokens=True)
                 result.finish_reason = "stop"
