@@ -259,7 +259,7 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
     )
     writer = Model(plain.model, plain.tokenizer, fast=False)
     lengths = _expected(markov.tokenizer)
-    asked = date_phrases.phrases(300 if small else 8)
+    asked = date_phrases.phrases(240 if small else 8)
     sources = [phrase.source for phrase in asked]
 
     def beam(some: Sequence[str]) -> list[Generation]:
