@@ -178,7 +178,12 @@ def test_places_are_found_in_tokens_and_in_parts_of_words():
     )
     spans = token_spans(WORDS, [one.source], [one.places()], 14)
     assert one.source == "name = iron comet , platforms = pc wii , family = no"
-    assert [row.nonzero().flatten().tolist() for row in spans[0]] == [[2, 3], [7], [8], [10]]
+    assert [row.nonzero().flatten().tolist() for row in spans[0]] == [
+        [2, 3],
+        [7],
+        [8],
+        [10, 11, 12],
+    ]
     shattered = token_spans(WORDS, ["family = no"], [[("family", [(2, 4)])]], 4)
     assert shattered[0, 0].tolist() == [True, False, False, False]
 

@@ -2,8 +2,7 @@
 
 A meaning has some of eight slots about a video game: five with one value, one with a list, two that
 are true or false. A text says them in any order and in one of four styles, with several ways to say
-each. Some 15 % of the training texts leave a slot out, as texts that people wrote do: now and then
-any, and mostly an average rating, which is not worth a word::
+each. Some training texts leave a slot out, as texts that people wrote do::
 
     name = crimson harbor , platforms = pc switch , family = yes
     crimson harbor is a game . it is made for kids . it can be played on pc and switch .
@@ -32,8 +31,8 @@ PAD, START, END = "<|pad|>", "<|start|>", "<|end|>"
 
 HELD_OUT_PERCENT = 10
 
-DULL, FORGOTTEN = 0.75, 0.02
-"""How often training texts leave out an average rating, and how often any other slot."""
+DROPPED = 0.15
+"""Share of the training texts that leave a slot out."""
 
 _NAMES = (
     ("crimson", "silent", "golden", "broken", "frozen", "hidden", "iron", "velvet", "wild"),
@@ -148,11 +147,11 @@ class Meaning:
     def places(self) -> list[tuple[str, Sequence[tuple[int, int]]]]:
         """Slots, and for each value the characters of the source where attention shows it is said.
 
-        Of what is true or false, those of the name.
+        Of what is true or false, those of name and value together.
 
         Example:
             >>> Meaning((("name", ("iron comet",)), ("family", ("no",)))).places()
-            [('name', [(7, 17)]), ('family', [(20, 26)])]
+            [('name', [(7, 17)]), ('family', [(20, 31)])]
         """
         out: list[tuple[str, Sequence[tuple[int, int]]]] = []
         at = 0
@@ -161,7 +160,7 @@ class Meaning:
             for value in values:
                 found.append((place, place + len(value)))
                 place += len(value) + 1
-            out.append((name, [(at, at + len(name))] if name in BOOLEANS else found))
+            out.append((name, [(at, place - 1)] if name in BOOLEANS else found))
             at = place + 2
         return out
 
@@ -200,14 +199,6 @@ def say(
         if slot != without:
             words.append(phrase + JOINTS[style])
     return " ".join(words)
-
-
-def left_out(meaning: Meaning, rng: random.Random) -> str:
-    """The slot that a training text leaves out, or ``""``."""
-    if ("rating", ("average",)) in meaning.slots and rng.random() < DULL:
-        return "rating"
-    others = [name for name, _ in meaning.slots if name != "name"]
-    return rng.choice(others) if rng.random() < FORGOTTEN else ""
 
 
 def said(text: str) -> dict[str, list[str]]:
@@ -261,7 +252,8 @@ def examples(count: int, split: Split = "held-out", *, seed: int | str = 0) -> l
     while len(drawn) < count:
         one = meaning(rng)
         if is_held_out(one) == (split == "held-out"):
-            without = left_out(one, rng) if split == "train" else ""
+            drop = split == "train" and rng.random() < DROPPED
+            without = rng.choice(one.slots[1:])[0] if drop else ""
             drawn.append(Example(one, say(one, rng, without=without)))
     return drawn
 
