@@ -26,7 +26,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from isthmus.metrics.slots import slot_error_rate
 from isthmus.workbench import dates, korean, pycode, slots, sums
 from isthmus.workbench._training import IGNORED, Course, Recipe, build, pack
 from isthmus.workbench.pycode import Split
@@ -338,9 +337,5 @@ class SlotsCourse(PairCourse):
     def marks(self, model: Any, count: int) -> dict[str, Any]:
         """Slot error rate of texts of held-out meanings, greedily."""
         drawn = self.draw(count, "held-out")
-        texts = self.answers(model, drawn)
-        pairs = [
-            (slots.wanted(each.meaning), slots.said(text))
-            for each, text in zip(drawn, texts, strict=True)
-        ]
-        return {"slot_error_rate": round(slot_error_rate(pairs), 4), "problems": count}
+        rate = slots.error_rate([each.meaning for each in drawn], self.answers(model, drawn))
+        return {"slot_error_rate": round(rate, 4), "problems": count}

@@ -23,6 +23,7 @@ from typing import Any
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
+from isthmus.metrics.slots import slot_error_rate, slot_errors
 from isthmus.workbench.pycode import Split
 from isthmus.workbench.tokenizer import word_tokenizer
 
@@ -221,6 +222,17 @@ def said(text: str) -> dict[str, list[str]]:
 def wanted(meaning: Meaning) -> dict[str, list[str]]:
     """What a text has to say, by slot."""
     return {name: list(values) for name, values in meaning.slots}
+
+
+def errors(one: Meaning, text: str) -> int:
+    """Slot errors of a text that should say a meaning."""
+    return slot_errors(wanted(one), said(text))
+
+
+def error_rate(meanings: Sequence[Meaning], texts: Sequence[str]) -> float:
+    """Slot error rate of texts that should say some meanings."""
+    pairs = zip(meanings, texts, strict=True)
+    return slot_error_rate((wanted(one), said(text)) for one, text in pairs)
 
 
 def meaning(rng: random.Random) -> Meaning:

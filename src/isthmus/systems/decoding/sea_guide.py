@@ -19,6 +19,7 @@ import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -31,7 +32,6 @@ from isthmus.decoding.search import search
 from isthmus.decoding.tree import TokenTree
 from isthmus.errors import InvalidInputError
 from isthmus.metrics.chrf import chrf
-from isthmus.metrics.slots import slot_error_rate, slot_errors
 from isthmus.models.hub import load_checkpoint
 from isthmus.roles import Context, Hypothesis, Stage, Taps, Target
 from isthmus.workbench import slots as data
@@ -76,6 +76,16 @@ class Mentions:
 
     Attributes:
         missing: By row, how many slots are unmentioned after which new tokens.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> spans = torch.eye(2, dtype=torch.bool)[None]  # two slots of a token each
+        >>> none = torch.zeros(1, 2, dtype=torch.bool)
+        >>> watch = Mentions([[("a", [(0, 1)]), ("b", [(2, 3)])]], spans, none, [0], Settings())
+        >>> watch.begin(SimpleNamespace(requests=[0]), None)
+        >>> watch.update(torch.tensor([[[[0.1, 0.9]]]]), torch.tensor([False]))
+        >>> watch.said.tolist()
+        [[False, True]]
     """
 
     stage: Stage = "combine"
@@ -247,19 +257,23 @@ class SeaGuide:
     ) -> list[Hypothesis]:
         """Hypotheses by unmentioned slots; of equals, and with the idea off, by the beam."""
         told = [replace(h, trace={"unmentioned": known[h.tokens[:-1]]}) for h in row]
-        order = sorted(range(len(told)), key=lambda i: int(told[i].trace["unmentioned"]))
-        return [told[i] for i in order] if self.settings.guide else told
+        return sorted(told, key=unmentioned) if self.settings.guide else told
 
     def choose(self, hypotheses: Sequence[Hypothesis], source: Any = None) -> int:
         """Index of the answer to give; see :class:`isthmus.roles.Rerank`."""
         del source
-        order = sorted(range(len(hypotheses)), key=lambda i: hypotheses[i].trace["unmentioned"])
-        return order[0] if self.settings.guide else 0
+        counts = [unmentioned(hypothesis) for hypothesis in hypotheses]
+        return counts.index(min(counts)) if self.settings.guide else 0
 
     def text(self, hypothesis: Hypothesis) -> str:
         """What a hypothesis says."""
         tokens = list(hypothesis.tokens)
         return str(self.model.tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def unmentioned(hypothesis: Hypothesis) -> int:
+    """How many slots a hypothesis leaves out."""
+    return int(hypothesis.trace["unmentioned"])
 
 
 def token_spans(
@@ -290,12 +304,8 @@ def token_spans(
     return spans
 
 
-GRID = tuple(
-    Settings(sure, likely, withdraw)
-    for sure, likely, withdraw in itertools.product(
-        (0.9, 0.7, 0.5), (0.3, 0.2, 0.4, 0.5), (0.1, 0.05, 0.2)
-    )
-)
+_TRIED = itertools.product((0.9, 0.7, 0.5), (0.3, 0.2, 0.4, 0.5), (0.1, 0.05, 0.2))
+GRID = tuple(itertools.starmap(Settings, _TRIED))
 """Thresholds that the claim chooses from, the paper's first."""
 
 
@@ -326,35 +336,25 @@ def examine(model: Model, scale: Scale, *, tuned_on: int, count: int) -> Claim:
         return found, [one.source for one in found], [one.places() for one in found]
 
     others, sources, slots = drawn("valid", tuned_on)
-
-    def wrong(i: int, text: str) -> float:
-        return slot_errors(data.wanted(others[i]), data.said(text))
-
-    settings = SeaGuide(model).tuned(sources, slots, wrong, GRID)
+    settings = SeaGuide(model).tuned(
+        sources, slots, lambda i, text: data.errors(others[i], text), GRID
+    )
     asked, sources, slots = drawn("test", count)
     right = [data.references(one) for one in asked]
     kinds = {"ours": settings, "paper": Settings(), "off": replace(settings, guide=False)}
     answers = {name: SeaGuide(model, each) for name, each in kinds.items()}
     found = {name: guide.hypotheses(sources, slots) for name, guide in answers.items()}
-    said = {
-        name: [[answers[name].text(h) for h in row] for row in rows] for name, rows in found.items()
-    }
+    texts = {name: [answers[name].text(row[0]) for row in rows] for name, rows in found.items()}
     beam = model.generate(sources, strategy="beam", beams=settings.width, max_new_tokens=64)
-    texts = {name: [row[0] for row in rows] for name, rows in said.items()}
     texts["beam"] = [made.text for made in beam]
-    texts["oracle"] = [
-        min(row, key=lambda text: slot_errors(data.wanted(one), data.said(text)))
-        for one, row in zip(asked, said["off"], strict=True)
-    ]
-
-    def ser(texts: Sequence[str]) -> float:
-        pairs = zip(asked, texts, strict=True)
-        return 100 * slot_error_rate((data.wanted(one), data.said(text)) for one, text in pairs)
-
-    rates = {name: ser(some) for name, some in texts.items()}
+    pools = [[answers["off"].text(h) for h in row] for row in found["off"]]
+    pairs = zip(asked, pools, strict=True)
+    texts["oracle"] = [min(pool, key=partial(data.errors, one)) for one, pool in pairs]
+    rates = {name: 100 * data.error_rate(asked, some) for name, some in texts.items()}
     like = {name: chrf(some, right) for name, some in texts.items()}
     rng = random.Random(0)
-    rates["random"] = sum(ser([rng.choice(row) for row in said["off"]]) for _ in range(20)) / 20
+    draws = [[rng.choice(pool) for pool in pools] for _ in range(20)]
+    rates["random"] = sum(5 * data.error_rate(asked, some) for some in draws)
     gain, most = rates["beam"] - rates["ours"], rates["beam"] - rates["oracle"]
     gates = (
         Gate("SER over that of the same beam", rates["ours"] / (rates["beam"] or 1), "<=", 0.5),
