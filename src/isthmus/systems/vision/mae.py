@@ -1,0 +1,401 @@
+"""MAE: hide three quarters of a picture, read the rest, paint what is missing.
+
+Paper: Kaiming He, Xinlei Chen, Saining Xie, Yanghao Li, Piotr Dollar and Ross Girshick, "Masked
+    Autoencoders Are Scalable Vision Learners", 2021, arXiv:2111.06377
+Idea: A large encoder sees the visible quarter only; a small decoder with mask tokens paints.
+Differs: Crops are resampled bilinearly. Fine-tuning has no layer-wise decay, mixup or drop path.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from isthmus import claims
+from isthmus.claims import Claim, Gate, Row, Ruler, judge, ratio
+from isthmus.errors import BrokenFileError, InvalidInputError
+from isthmus.models.masked_image import MaskedImageModel, PixelDecoder, PixelTarget, painted
+from isthmus.models.vision_transformer import VisionTransformer
+from isthmus.nn.masking import Mask, mask_by_noise, random_mask
+from isthmus.nn.patches import grid_of, sincos2d
+from isthmus.roles import Loss
+from isthmus.signals.image import Pictured, read_image, resize, write_image
+from isthmus.training.data import Data
+from isthmus.training.loop import Plan
+from isthmus.training.pictures import drawn, normalised, pixels, resized_crop
+from isthmus.training.probing import Naming, finetuned, linear_probe
+from isthmus.training.system import WEIGHTS, Answer, Scale, TrainedSystem
+from isthmus.workbench.scene_masks import NAMED, SHAPES, masked_scenes
+from isthmus.workbench.trained import trained
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of MAE; the defaults are ViT-L.
+
+    Attributes:
+        side: Side of the pictures.
+        patch: Side of a patch.
+        width: Width of the encoder.
+        layers: Its blocks.
+        heads: Its attention heads.
+        decoder_width: Width of the decoder.
+        decoder_layers: Its blocks.
+        decoder_heads: Its attention heads.
+        mask_ratio: Share of patches that is hidden; 0 hides none, and a plain autoencoder learns
+            from all patches.
+        norm_pixels: Whether the target is normalised within each patch.
+        mask_inside: Whether the encoder reads mask tokens in the hidden places; off in the paper.
+        area: Smallest and largest share of a picture that a training crop shows.
+        batch_size: Pictures in a micro-batch.
+
+    Raises:
+        InvalidInputError: The mask ratio is not between 0 and 1, or hides every patch.
+    """
+
+    side: int = 224
+    patch: int = 16
+    width: int = 1024
+    layers: int = 24
+    heads: int = 16
+    decoder_width: int = 512
+    decoder_layers: int = 8
+    decoder_heads: int = 16
+    mask_ratio: float = 0.75
+    norm_pixels: bool = True
+    mask_inside: bool = False
+    area: tuple[float, float] = (0.2, 1.0)
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.mask_ratio < 1 or self.kept < 1:
+            raise InvalidInputError(
+                f"mask_ratio must be 0 or more and leave a patch, got {self.mask_ratio}"
+            )
+
+    @property
+    def patches(self) -> int:
+        """Patches N of a picture.
+
+        Example:
+            >>> Settings().patches, Settings().kept  # 49 are seen, 147 hidden
+            (196, 49)
+        """
+        rows, columns = grid_of((self.side, self.side), self.patch)
+        return rows * columns
+
+    @property
+    def kept(self) -> int:
+        """Patches K that the encoder sees."""
+        return int(self.patches * (1 - self.mask_ratio))
+
+
+SMALL = Settings(
+    side=48,
+    patch=6,
+    width=128,
+    layers=6,
+    heads=4,
+    decoder_width=64,
+    decoder_layers=2,
+    decoder_heads=4,
+    area=(1.0, 1.0),
+)
+
+
+class Mae(TrainedSystem):
+    """A vision transformer that is trained without labels.
+
+    Args:
+        settings: Sizes and what is hidden.
+
+    Example:
+        >>> system = Mae(dataclasses.replace(SMALL, layers=1, decoder_layers=1))
+        >>> system.embed(torch.zeros(2, 3, 48, 48, dtype=torch.uint8)).shape
+        torch.Size([2, 128])
+    """
+
+    name = "mae"
+    reads = "pictures"
+    settings_type = Settings
+    scales: ClassVar[Mapping[str, Scale]] = {
+        "test": Scale(
+            dataclasses.replace(SMALL, width=16, layers=1, decoder_width=8, batch_size=8),
+            Plan(steps=20, learning_rate=3e-3, validate_every=20),
+            "workbench:named-scenes",
+        ),
+        "small": Scale(
+            SMALL,
+            Plan(
+                steps=1200,
+                learning_rate=2e-3,
+                betas=(0.9, 0.95),
+                weight_decay=0.05,
+                warmup_steps=100,
+                validate_every=300,
+            ),
+            "workbench:named-scenes",
+        ),
+        "paper": Scale(
+            Settings(),
+            Plan(
+                steps=250_000,  # 800 epochs of ImageNet-1K, 4,096 pictures a step
+                learning_rate=2.4e-3,
+                betas=(0.9, 0.95),
+                weight_decay=0.05,
+                warmup_steps=12_500,
+                accumulate=64,
+                clip_norm=0.0,
+                validate_every=5_000,
+                precision="bf16-mixed",
+            ),
+            "workbench:named-scenes",
+        ),
+    }
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        s = settings
+        self.target = PixelTarget(s.patch, s.norm_pixels)
+        self.module = MaskedImageModel(
+            VisionTransformer(s.width, s.layers, s.heads, patch=s.patch),
+            PixelDecoder(
+                s.width, s.decoder_width, s.decoder_layers, s.decoder_heads, 3 * s.patch**2
+            ),
+            self.target,
+            placeholder=s.mask_inside,
+        ).eval()
+
+    @classmethod
+    def untrained(cls, settings: Settings, data: Data[Pictured]) -> Self:
+        """A new network; it does not depend on the data."""
+        del data
+        return cls(settings)
+
+    def learner(self, data: Data[Pictured], plan: Plan) -> Learner:
+        """Squared error of hidden patches."""
+        return Learner(self, data, plan.seed)
+
+    @torch.no_grad()
+    def embed(self, pictures: Tensor) -> Tensor:
+        """Features of whole pictures: the mean of all patch tokens.
+
+        Args:
+            pictures: uint8 [B, 3, H, W]; patches must divide the sides.
+
+        Returns:
+            float32 [B, D].
+        """
+        encoder = self.module.encoder
+        return torch.cat(
+            [encoder(normalised(part))[:, 1:].mean(1) for part in pictures.split(100)]  # type: ignore[operator]
+        )
+
+    @torch.no_grad()
+    def run(self, given: str) -> Answer:
+        """Hide patches of a picture and paint them; the picture shows both, side by side."""
+        s = self.settings
+        x = normalised(resize(read_image(given), (s.side, s.side))[None])
+        mask = random_mask(1, s.patches, s.kept, torch.Generator().manual_seed(0))
+        predicted = self.module(x, mask)
+        error = float(self.module.errors(x, predicted)[mask.is_dropped].mean())  # type: ignore[operator]
+        hidden = painted(x, torch.zeros_like(predicted), mask, PixelTarget(s.patch, norm=False))
+        shown = painted(x, predicted, mask, self.target, leak=True)
+        side_by_side = torch.cat([pixels(x), pixels(hidden), pixels(shown)], 3)[0]
+        borrowed = "; hidden patches borrow their true brightness and contrast"
+        text = f"{s.patches - s.kept} of {s.patches} patches painted, squared error {error:.3f}"
+        return Answer(
+            text + (borrowed if s.norm_pixels else ""),
+            {"hidden": s.patches - s.kept, "patches": s.patches, "squared_error": error},
+            lambda path: write_image(path, side_by_side),
+        )
+
+    # a folder is a checkpoint of transformers' ViTMAEForPreTraining as well --------------------
+
+    def write_files(self, folder: Path) -> None:
+        """Write weights and configuration as ``ViTMAEForPreTraining`` reads them."""
+        s, own = self.settings, self.module.state_dict()
+        grid = grid_of((s.side, s.side), s.patch)
+        weights = {
+            theirs: own[ours][None, None] if ours.endswith("_token") else own[ours]
+            for ours, theirs in _names(s)
+        }
+        for ours, theirs in _blocks(s):
+            parts = [f"{theirs}.attention.attention.{n}" for n in ("query", "key", "value")]
+            for kind in ("weight", "bias"):
+                for part, value in zip(parts, own[f"{ours}.qkv.{kind}"].chunk(3), strict=True):
+                    weights[f"{part}.{kind}"] = value
+        for theirs, width in (
+            ("vit.embeddings.position_embeddings", s.width),
+            ("decoder.decoder_pos_embed", s.decoder_width),
+        ):
+            table = sincos2d(grid, width, class_token=True, axis_first="column")
+            weights[theirs] = table[None]
+        if s.mask_inside:
+            weights["encoder_mask_token"] = own["placeholder"]
+        plain = {k: v.detach().cpu().contiguous().clone() for k, v in weights.items()}
+        save_file(plain, folder / WEIGHTS, metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(_config(s), indent=1))
+
+    @classmethod
+    def read_files(cls, settings: Settings, folder: Path) -> Self:
+        """A system with the weights of a folder, ours or one of ``ViTMAEForPreTraining``."""
+        theirs = load_file(folder / WEIGHTS)
+        own = {
+            ours: theirs[name].flatten() if ours.endswith("_token") else theirs[name]
+            for ours, name in _names(settings)
+        }
+        for ours, name in _blocks(settings):
+            for kind in ("weight", "bias"):
+                own[f"{ours}.qkv.{kind}"] = torch.cat(
+                    [theirs[f"{name}.attention.attention.{n}.{kind}"] for n in _QKV]
+                )
+        if settings.mask_inside:
+            own["placeholder"] = theirs["encoder_mask_token"]
+        system = cls(settings)
+        system.module.load_state_dict(own)
+        return system
+
+    @classmethod
+    def from_transformers(cls, folder: str | Path) -> Self:
+        """Read a checkpoint of ``ViTMAEForPreTraining``, such as ``facebook/vit-mae-base``.
+
+        Args:
+            folder: A folder with ``config.json`` and ``model.safetensors``.
+
+        Raises:
+            BrokenFileError: It is no such checkpoint.
+        """
+        folder = Path(folder)
+        try:
+            c = json.loads((folder / "config.json").read_text())
+            settings = Settings(
+                side=c["image_size"],
+                patch=c["patch_size"],
+                width=c["hidden_size"],
+                layers=c["num_hidden_layers"],
+                heads=c["num_attention_heads"],
+                decoder_width=c["decoder_hidden_size"],
+                decoder_layers=c["decoder_num_hidden_layers"],
+                decoder_heads=c["decoder_num_attention_heads"],
+                mask_ratio=c["mask_ratio"],
+                norm_pixels=c["norm_pix_loss"],
+            )
+            return cls.read_files(settings, folder)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise BrokenFileError(
+                f"{folder} holds no checkpoint of ViTMAEForPreTraining ({error})"
+            ) from error
+
+
+_QKV = ("query", "key", "value")
+
+
+def _blocks(s: Settings) -> list[tuple[str, str]]:
+    ours = [f"encoder.blocks.{i}" for i in range(s.layers)]
+    ours += [f"predictor.blocks.{i}" for i in range(s.decoder_layers)]
+    theirs = [f"vit.encoder.layer.{i}" for i in range(s.layers)]
+    theirs += [f"decoder.decoder_layers.{i}" for i in range(s.decoder_layers)]
+    return list(zip(ours, theirs, strict=True))
+
+
+def _names(s: Settings) -> list[tuple[str, str]]:
+    """Our name and transformers' of every weight, but for queries, keys and values."""
+    modules = [
+        ("encoder.embed.projection", "vit.embeddings.patch_embeddings.projection"),
+        ("encoder.norm", "vit.layernorm"),
+        ("predictor.embed", "decoder.decoder_embed"),
+        ("predictor.norm", "decoder.decoder_norm"),
+        ("predictor.predict", "decoder.decoder_pred"),
+    ]
+    for ours, theirs in _blocks(s):
+        modules += [
+            (f"{ours}.norm1", f"{theirs}.layernorm_before"),
+            (f"{ours}.out", f"{theirs}.attention.output.dense"),
+            (f"{ours}.norm2", f"{theirs}.layernorm_after"),
+            (f"{ours}.up", f"{theirs}.intermediate.dense"),
+            (f"{ours}.down", f"{theirs}.output.dense"),
+        ]
+    tokens = [
+        ("encoder.class_token", "vit.embeddings.cls_token"),
+        ("predictor.mask_token", "decoder.mask_token"),
+    ]
+    return tokens + [(f"{a}.{k}", f"{b}.{k}") for a, b in modules for k in ("weight", "bias")]
+
+
+def _config(s: Settings) -> dict[str, Any]:
+    return {
+        "architectures": ["ViTMAEForPreTraining"],
+        "model_type": "vit_mae",
+        "image_size": s.side,
+        "patch_size": s.patch,
+        "hidden_size": s.width,
+        "num_hidden_layers": s.layers,
+        "num_attention_heads": s.heads,
+        "intermediate_size": 4 * s.width,
+        "decoder_hidden_size": s.decoder_width,
+        "decoder_num_hidden_layers": s.decoder_layers,
+        "decoder_num_attention_heads": s.decoder_heads,
+        "decoder_intermediate_size": 4 * s.decoder_width,
+        "layer_norm_eps": 1e-6,
+        "mask_ratio": s.mask_ratio,
+        "norm_pix_loss": s.norm_pixels,
+    }
+
+
+class Learner:
+    """Crops and the error of what was hidden in them."""
+
+    lower_is_better = True
+
+    def __init__(self, system: Mae, data: Data[Pictured], seed: int) -> None:
+        self.system, self.data, self.seed = system, data, seed
+        self.settings: Settings = system.settings
+        self.module: Any = system.module
+        self.identity = {
+            "system": system.name,
+            "settings": asdict(self.settings),
+            "data": data.fingerprint,
+        }
+        side = (self.settings.side, self.settings.side)
+        self.held_out = torch.stack([resize(r.picture(), side) for r in data.valid[:500]])
+
+    def batch(self, part: int) -> Tensor:
+        """Pictures uint8 [B, 3, side, side]."""
+        s = self.settings
+        rng = np.random.default_rng([self.seed, part])
+        records = drawn(self.data.train, s.batch_size, part, self.seed)
+        return torch.stack([resized_crop(r.picture(), s.side, s.area, rng) for r in records])
+
+    def errors(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared error of each patch and whether it counts, [B, N]; draws a mask."""
+        s = self.settings
+        x = normalised(pictures)
+        noise = torch.rand(len(x), s.patches)  # one draw for every picture
+        mask = mask_by_noise(noise.to(x.device), s.kept)
+        errors = self.system.module.errors(x, self.module(x, mask))  # type: ignore[operator]
+        counts = mask.is_dropped if s.mask_ratio else torch.ones_like(mask.is_dropped)
+        return errors, counts
+
+    def loss(self, batch: Tensor) -> Loss:
+        """Mean over each patch, sum over the hidden ones."""
+        errors, counts = self.errors(batch)
+        return Loss((errors * counts).sum(), counts.sum())
+
+    def validate(self) -> dict[str, float]:
+        """Error of hidden patches; 1 is what the mean of a patch would get."""
+        device = next(self.system.module.parameters()).device
+        total = torch.zeros(2, dtype=torch.float64)
+        for part in self.held_out.split(100):
+            errors, counts = self.errors(part.to(device))
+            total += torch.stack([(errors * counts).sum(), counts.sum()]).double().cpu()
+        return {"squared_error": float(total[0] / total[1])}
