@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from isthmus.errors import InvalidInputError
+from isthmus.nn.attention import MultiHeadAttention
+from isthmus.nn.feed_forward import FeedForward
 from isthmus.nn.masking import Mask
 from isthmus.nn.patches import PatchEmbed, grid_of, sincos2d
 
@@ -28,22 +29,15 @@ class Block(nn.Module):
         super().__init__()
         if width % heads:
             raise InvalidInputError(f"{heads} heads do not divide a width of {width}")
-        self.heads = heads
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.attention = MultiHeadAttention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.up = nn.Linear(width, hidden)
-        self.down = nn.Linear(hidden, width)
+        self.feed_forward = FeedForward(width, hidden, "gelu")
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens [B, T, D] to tokens [B, T, D]."""
-        batch, length, width = x.shape
-        qkv = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, D / H]
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
-        out: Tensor = x + self.down(F.gelu(self.up(self.norm2(x))))
+        x = x + self.attention(self.norm1(x))
+        out: Tensor = x + self.feed_forward(self.norm2(x))
         return out
 
 

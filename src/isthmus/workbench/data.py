@@ -41,8 +41,9 @@ def _dates() -> Data[Pair]:
     return Data(pairs(60_000, "train"), pairs(1_000, "held-out"), "workbench:dates")
 
 
-def _pycode() -> Data[str]:
-    return Data(pycode.texts("train"), pycode.texts("held-out"), "workbench:pycode")
+def _pycode(step: int, name: str) -> Data[str]:
+    parts = (pycode.texts("train")[::step], pycode.texts("held-out")[::step])
+    return Data(*parts, f"{PREFIX}{name}")
 
 
 def _scenes() -> Data[MaskedScene]:
@@ -63,7 +64,8 @@ SOURCES: dict[str, Source] = {
     "dates": Source("pairs", _dates, "dates in fifteen languages and their ISO form"),
     "scene-masks": Source("masks", _scenes, "rendered shapes and the class of every pixel"),
     "named-scenes": Source("pictures", _named_scenes, "small pictures of one shape each"),
-    "pycode": Source("texts", _pycode, "source of Python's standard library"),
+    "pycode": Source("texts", lambda: _pycode(1, "pycode"), "source of Python's standard library"),
+    "pycode-tenth": Source("texts", lambda: _pycode(10, "pycode-tenth"), "every tenth file of it"),
 }
 """The data sets by name."""
 

@@ -229,11 +229,6 @@ class Mae(TrainedSystem):
             theirs: own[ours][None, None] if ours.endswith("_token") else own[ours]
             for ours, theirs in _names(s)
         }
-        for ours, theirs in _blocks(s):
-            parts = [f"{theirs}.attention.attention.{n}" for n in ("query", "key", "value")]
-            for kind in ("weight", "bias"):
-                for part, value in zip(parts, own[f"{ours}.qkv.{kind}"].chunk(3), strict=True):
-                    weights[f"{part}.{kind}"] = value
         for theirs, width in (
             ("vit.embeddings.position_embeddings", s.width),
             ("decoder.decoder_pos_embed", s.decoder_width),
@@ -254,11 +249,6 @@ class Mae(TrainedSystem):
             ours: theirs[name].flatten() if ours.endswith("_token") else theirs[name]
             for ours, name in _names(settings)
         }
-        for ours, name in _blocks(settings):
-            for kind in ("weight", "bias"):
-                own[f"{ours}.qkv.{kind}"] = torch.cat(
-                    [theirs[f"{name}.attention.attention.{n}.{kind}"] for n in _QKV]
-                )
         if settings.mask_inside:
             own["placeholder"] = theirs["encoder_mask_token"]
         system = cls(settings)
@@ -297,19 +287,8 @@ class Mae(TrainedSystem):
             ) from error
 
 
-_QKV = ("query", "key", "value")
-
-
-def _blocks(s: Settings) -> list[tuple[str, str]]:
-    ours = [f"encoder.blocks.{i}" for i in range(s.layers)]
-    ours += [f"predictor.blocks.{i}" for i in range(s.decoder_layers)]
-    theirs = [f"vit.encoder.layer.{i}" for i in range(s.layers)]
-    theirs += [f"decoder.decoder_layers.{i}" for i in range(s.decoder_layers)]
-    return list(zip(ours, theirs, strict=True))
-
-
 def _names(s: Settings) -> list[tuple[str, str]]:
-    """Our name and transformers' of every weight, but for queries, keys and values."""
+    """Our name of every weight, and the one it has in files of transformers."""
     modules = [
         ("encoder.embed.projection", "vit.embeddings.patch_embeddings.projection"),
         ("encoder.norm", "vit.layernorm"),
@@ -317,13 +296,19 @@ def _names(s: Settings) -> list[tuple[str, str]]:
         ("predictor.norm", "decoder.decoder_norm"),
         ("predictor.predict", "decoder.decoder_pred"),
     ]
-    for ours, theirs in _blocks(s):
+    blocks = [(f"encoder.blocks.{i}", f"vit.encoder.layer.{i}") for i in range(s.layers)]
+    for i in range(s.decoder_layers):
+        blocks.append((f"predictor.blocks.{i}", f"decoder.decoder_layers.{i}"))
+    for ours, theirs in blocks:
         modules += [
             (f"{ours}.norm1", f"{theirs}.layernorm_before"),
-            (f"{ours}.out", f"{theirs}.attention.output.dense"),
+            (f"{ours}.attention.q_proj", f"{theirs}.attention.attention.query"),
+            (f"{ours}.attention.k_proj", f"{theirs}.attention.attention.key"),
+            (f"{ours}.attention.v_proj", f"{theirs}.attention.attention.value"),
+            (f"{ours}.attention.out_proj", f"{theirs}.attention.output.dense"),
             (f"{ours}.norm2", f"{theirs}.layernorm_after"),
-            (f"{ours}.up", f"{theirs}.intermediate.dense"),
-            (f"{ours}.down", f"{theirs}.output.dense"),
+            (f"{ours}.feed_forward.in_proj", f"{theirs}.intermediate.dense"),
+            (f"{ours}.feed_forward.out_proj", f"{theirs}.output.dense"),
         ]
     tokens = [
         ("encoder.class_token", "vit.embeddings.cls_token"),
