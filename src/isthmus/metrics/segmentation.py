@@ -10,7 +10,6 @@ from isthmus.errors import InvalidInputError
 from isthmus.signals.image import IGNORED
 
 
-
 class Confusion:
     """Counts of every true class against every predicted one, over any number of masks.
 

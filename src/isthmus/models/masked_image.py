@@ -127,9 +127,7 @@ class MaskedImageModel(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder, self.predictor, self.target = encoder, predictor, target
-        self.placeholder = (
-            nn.Parameter(torch.randn(encoder.width) * 0.02) if placeholder else None
-        )
+        self.placeholder = nn.Parameter(torch.randn(encoder.width) * 0.02) if placeholder else None
 
     def forward(self, pictures: Tensor, mask: Mask) -> Tensor:
         """Predictions for all patches, [B, N, values of a patch]."""

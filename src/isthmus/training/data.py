@@ -6,7 +6,7 @@ new medium adds one entry to :data:`KINDS`::
     texts   one document           .txt .md .rst .py (a file each), .jsonl with a field "text"
     pairs   a source and its target .tsv .csv (two columns), .jsonl with "source" and "target"
     pictures  a picture             .png .jpg ... (a file each)
-    masks   a picture and its mask  x.jpg with x.mask.png beside it, or images/x.jpg with masks/x.png
+    masks   a picture and its mask  x.jpg and x.mask.png, or images/x.jpg and masks/x.png
 
 A record that cannot be used is reported with its file and line; a given number of them may be left
 out instead.

@@ -100,7 +100,7 @@ def checked_mask(record: Masked, classes: int) -> Tensor:
         BrokenFileError: It has another size than its picture, or a class that is out of range.
     """
     mask = record.mask()
-    found = set(mask.unique().tolist()) - {IGNORED}
+    found = set(torch.unique(mask).tolist()) - {IGNORED}
     if found and max(found) >= classes:
         raise BrokenFileError(
             f"{record} has class {max(found)}; there are {classes} classes, counted from 0, and "

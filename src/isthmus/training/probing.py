@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from isthmus.models.vision_transformer import VisionTransformer
 from isthmus.roles import Loss
 from isthmus.training.loop import Plan, Trainer
-from isthmus.training.pictures import drawn
+from isthmus.training.pictures import drawn, normalised
 
 
 def linear_probe(
@@ -43,8 +44,29 @@ def linear_probe(
         return loss
 
     with torch.enable_grad():
-        solver.step(closure)
+        solver.step(closure)  # type: ignore[no-untyped-call]
     return float(((held @ weight + bias).argmax(1) == truth).float().mean())
+
+
+class Classifier(nn.Module):
+    """An encoder with a linear layer on the mean of its patches.
+
+    Args:
+        encoder: The encoder, which learns as well.
+        classes: How many classes C there are.
+    """
+
+    def __init__(self, encoder: VisionTransformer, classes: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.norm = nn.LayerNorm(encoder.width)
+        self.classify = nn.Linear(encoder.width, classes)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Pictures uint8 [B, 3, H, W] to logits [B, C]."""
+        tokens = self.encoder(normalised(pictures))
+        logits: Tensor = self.classify(self.norm(tokens[:, 1:].mean(1)))
+        return logits
 
 
 class Naming:
@@ -89,7 +111,7 @@ class Naming:
     def validate(self) -> dict[str, float]:
         """Share of held-out inputs named right."""
         inputs, labels = self.held_out
-        told = torch.cat([self.module(part).argmax(1) for part in inputs.split(100)])
+        told = torch.cat([self.module(part).argmax(1) for part in torch.split(inputs, 100)])
         return {"accuracy": float((told == labels).float().mean())}
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from isthmus.errors import InvalidInputError, UnknownNameError
 from isthmus.training.data import Data, Pair, read, read_hub
 from isthmus.workbench import dates, pycode
-from isthmus.workbench.scene_masks import NAMED, SEGMENTS, MaskedScene, masked_scenes
+from isthmus.workbench.scene_masks import NAMED, MaskedScene, masked_scenes
 
 PREFIX, HUB = "workbench:", "hub:"
 

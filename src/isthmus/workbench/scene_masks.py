@@ -48,7 +48,7 @@ class Spec:
     hue: float
 
 
-SEGMENTS = Spec(side=96, shapes=(2, 5), radius=(0.13, 0.27), noise=4.0, thin=0.5, hue=0.05)
+SEGMENTS = Spec(side=96, shapes=(2, 5), radius=(0.13, 0.27), noise=4.0, thin=0.5, hue=0.035)
 """Scenes of several shapes, for segmentation."""
 
 NAMED = Spec(side=48, shapes=(1, 1), radius=(0.2, 0.36), noise=2.0, thin=0.0, hue=1.0)
@@ -95,17 +95,17 @@ def _wire(x: Plane, y: Plane, r: float) -> Any:
 
 SHAPES: dict[str, Callable[[Plane, Plane, float], Any]] = {
     "circle": _circle,
+    "star": _star,
     "square": _square,
+    "ring": _ring,
     "triangle": _triangle,
+    "wire": _wire,
     "cross": _cross,
     "crescent": _crescent,
-    "star": _star,
-    "ring": _ring,
-    "wire": _wire,
 }
-"""Distance to the outline in pixels, negative inside, by name."""
+"""Distance to the outline in pixels, negative inside, by name; kinds of like hue look unlike."""
 
-THIN = (5, 6, 7)
+THIN = (1, 3, 5)
 """Numbers of the thin shapes."""
 
 CLASSES = ("background", *SHAPES)
