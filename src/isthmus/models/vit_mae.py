@@ -121,7 +121,11 @@ def fill(module: nn.Module, folder: Path) -> None:
         KeyError: A weight is missing.
         RuntimeError: One has another size.
     """
-    found = load_file(folder / WEIGHTS)
+    # transformers 5.24 writes another name of these blocks than it published
+    found = {
+        name.replace("decoder.decoder_encoder.layer.", "decoder.decoder_layers."): value
+        for name, value in load_file(folder / WEIGHTS).items()
+    }
     module.load_state_dict(
         {
             name: found[file_name(name)].flatten() if name in TOKENS else found[file_name(name)]
