@@ -36,6 +36,7 @@ class Spec:
         radius: Smallest and largest radius of a shape, in sides.
         noise: Standard deviation of the grain, in grey levels.
         thin: Share of scenes that have a thin shape for certain.
+        shading: Whether ground and shapes are shaded.
         hue: Standard deviation of a shape's hue around that of its kind, in turns; kinds are an
             eighth of a turn apart.
     """
@@ -45,14 +46,19 @@ class Spec:
     radius: tuple[float, float]
     noise: float
     thin: float
+    shading: bool
     hue: float
 
 
-SEGMENTS = Spec(side=96, shapes=(2, 5), radius=(0.13, 0.27), noise=4.0, thin=0.5, hue=0.035)
+SEGMENTS = Spec(
+    side=96, shapes=(2, 5), radius=(0.13, 0.27), noise=4.0, thin=0.5, shading=True, hue=0.035
+)
 """Scenes of several shapes, for segmentation."""
 
-NAMED = Spec(side=48, shapes=(1, 1), radius=(0.2, 0.36), noise=2.0, thin=0.0, hue=1.0)
-"""Scenes of one shape, for classification."""
+NAMED = Spec(
+    side=48, shapes=(1, 1), radius=(0.22, 0.36), noise=0.0, thin=0.0, shading=False, hue=1.0
+)
+"""Scenes of one flat shape on a flat ground, for classification."""
 
 
 def _circle(x: Plane, y: Plane, r: float) -> Any:
@@ -170,7 +176,7 @@ def _drawn(scene: MaskedScene) -> tuple[Tensor, Tensor]:
     kinds = _kinds(spec, rng)
     side = spec.side
     ground = rng.uniform(40, 215) + rng.uniform(-20, 20, 3)
-    slope = rng.uniform(-40, 40, (3, 2))
+    slope = rng.uniform(-40, 40, (3, 2)) * spec.shading
     ramp = np.linspace(-1, 1, side, dtype=np.float32)
     picture = ground[:, None, None] + slope[:, :1, None] * ramp[:, None]
     picture = (picture + slope[:, 1:, None] * ramp).astype(np.float32)
@@ -179,7 +185,7 @@ def _drawn(scene: MaskedScene) -> tuple[Tensor, Tensor]:
     for kind in kinds:
         r = side * rng.uniform(*spec.radius)
         cx, cy = rng.uniform(0.8 * r, side - 0.8 * r, 2)
-        turn, shade = rng.uniform(0, 2 * np.pi), rng.uniform(-0.2, 0.2)
+        turn, shade = rng.uniform(0, 2 * np.pi), rng.uniform(-0.2, 0.2) * spec.shading
         colour = _colour(kind, spec.hue, rng)
         x0, x1 = max(0, int(cx - r - 1)), min(side, int(cx + r + 2))
         y0, y1 = max(0, int(cy - r - 1)), min(side, int(cy + r + 2))

@@ -103,10 +103,10 @@ class Settings:
 SMALL = Settings(
     side=48,
     patch=6,
-    width=128,
-    layers=6,
+    width=96,
+    layers=4,
     heads=4,
-    decoder_width=64,
+    decoder_width=48,
     decoder_layers=2,
     decoder_heads=4,
     area=(1.0, 1.0),
@@ -122,7 +122,7 @@ class Mae(TrainedSystem):
     Example:
         >>> system = Mae(dataclasses.replace(SMALL, layers=1, decoder_layers=1))
         >>> system.embed(torch.zeros(2, 3, 48, 48, dtype=torch.uint8)).shape
-        torch.Size([2, 128])
+        torch.Size([2, 96])
     """
 
     name = "mae"
@@ -137,12 +137,12 @@ class Mae(TrainedSystem):
         "small": Scale(
             SMALL,
             Plan(
-                steps=1200,
+                steps=500,
                 learning_rate=2e-3,
                 betas=(0.9, 0.95),
                 weight_decay=0.05,
-                warmup_steps=100,
-                validate_every=300,
+                warmup_steps=50,
+                validate_every=250,
             ),
             "workbench:named-scenes",
         ),
@@ -320,7 +320,7 @@ class Learner:
         return {"squared_error": float(total[0] / total[1])}
 
 
-FINE = Plan(steps=300, learning_rate=1e-3, warmup_steps=30, weight_decay=0.05, validate_every=300)
+FINE = Plan(steps=250, learning_rate=1e-3, warmup_steps=25, weight_decay=0.05, validate_every=250)
 """How a classifier is fine-tuned in the claim."""
 
 
@@ -342,6 +342,8 @@ def claim(ruler: Ruler, scale: claims.Scale = "small") -> Claim:
     for name, system in systems.items():
         seen = system.embed(pictures), labels, system.embed(held_out[0]), held_out[1]
         probed[name] = 100 * linear_probe(*seen)
+        if name == 0.25:
+            continue
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             classifier = Classifier(copy.deepcopy(system.module.encoder), len(SHAPES))  # type: ignore[arg-type]
@@ -364,7 +366,9 @@ def claim(ruler: Ruler, scale: claims.Scale = "small") -> Claim:
     )
 
     def row(metric: str, values: dict[Any, float]) -> Row:
-        note = f"off: nothing is hidden; 25 % hidden: {values[0.25]:.1f}"
+        note = "baseline: no pre-training; off: nothing is hidden"
+        if 0.25 in values:
+            note += f"; 25 % hidden: {values[0.25]:.1f}"
         return Row(metric, "%", values["scratch"], values[0.75], values[off], note=note)
 
     return Claim(
