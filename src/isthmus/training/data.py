@@ -5,6 +5,8 @@ new medium adds one entry to :data:`KINDS`::
 
     texts   one document           .txt .md .rst .py (a file each), .jsonl with a field "text"
     pairs   a source and its target .tsv .csv (two columns), .jsonl with "source" and "target"
+    pictures  a picture             .png .jpg ... (a file each)
+    masks   a picture and its mask  x.jpg and x.mask.png, or images/x.jpg and masks/x.png
 
 A record that cannot be used is reported with its file and line; a given number of them may be left
 out instead.
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from isthmus.errors import BrokenFileError, InvalidInputError, UnknownNameError, require
+from isthmus.signals import image
 
 R = TypeVar("R")
 
@@ -96,6 +99,33 @@ def _pairs(path: Path) -> Iterator[Line]:
             yield number, Pair(*(cell.strip() for cell in row))
 
 
+def _picture(path: Path) -> Iterator[Line]:
+    try:
+        image.size_of(path)
+        yield 1, image.PictureFile(path)
+    except BrokenFileError as error:
+        yield 1, BadRecord(str(error))
+
+
+def _masked(path: Path) -> Iterator[Line]:
+    if path.stem.endswith(".mask") or path.parent.name == "masks":
+        return
+    beside = path.with_name(f"{path.stem}.mask.png")
+    apart = path.parent.parent / "masks" / f"{path.stem}.png"
+    try:
+        mask = beside if beside.exists() else apart
+        if not mask.exists():
+            raise BadRecord(f"has no mask; it is looked for in {beside.name} and {apart}")
+        sizes = image.size_of(path), image.size_of(mask)
+        if sizes[0] != sizes[1]:
+            raise BadRecord(f"is {sizes[0]} pixels high and wide, its mask {mask} {sizes[1]}")
+        yield 1, image.MaskedFiles(path, mask)
+    except BrokenFileError as error:
+        yield 1, BadRecord(str(error))
+    except BadRecord as error:
+        yield 1, error
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of record.
@@ -116,6 +146,8 @@ KINDS: dict[str, Kind] = {
     "pairs": Kind(
         _pairs, (".tsv", ".csv", ".jsonl"), 'two columns, or .jsonl: "source" and "target"'
     ),
+    "pictures": Kind(_picture, image.SUFFIXES, "picture files"),
+    "masks": Kind(_masked, image.SUFFIXES, "x.jpg and x.mask.png, or images/x.jpg and masks/x.png"),
 }
 """The kinds by name."""
 

@@ -14,6 +14,7 @@ from typing import Any
 from isthmus.errors import InvalidInputError, UnknownNameError
 from isthmus.training.data import Data, Pair, read, read_hub
 from isthmus.workbench import dates, numbers, pycode
+from isthmus.workbench.scene_masks import NAMED, MaskedScene, masked_scenes
 
 PREFIX, HUB = "workbench:", "hub:"
 
@@ -45,9 +46,25 @@ def _pycode(step: int, name: str) -> Data[str]:
     return Data(*parts, f"{PREFIX}{name}")
 
 
+def _scenes() -> Data[MaskedScene]:
+    return Data(
+        masked_scenes(40_000, "train"), masked_scenes(200, "held-out"), "workbench:scene-masks"
+    )
+
+
+def _named_scenes() -> Data[MaskedScene]:
+    return Data(
+        masked_scenes(20_000, "train", NAMED),
+        masked_scenes(500, "held-out", NAMED),
+        "workbench:named-scenes",
+    )
+
+
 SOURCES: dict[str, Source] = {
     "dates": Source("pairs", _dates, "dates in fifteen languages and their ISO form"),
     "numbers": Source("pairs", numbers.data, "numbers in words of four languages, and digits"),
+    "scene-masks": Source("masks", _scenes, "rendered shapes and the class of every pixel"),
+    "named-scenes": Source("pictures", _named_scenes, "small pictures of one shape each"),
     "pycode": Source("texts", lambda: _pycode(1, "pycode"), "source of Python's standard library"),
     "pycode-tenth": Source("texts", lambda: _pycode(10, "pycode-tenth"), "every tenth file of it"),
 }
