@@ -13,7 +13,7 @@ from typing import Any
 
 from isthmus.errors import InvalidInputError, UnknownNameError
 from isthmus.training.data import Data, Pair, read, read_hub
-from isthmus.workbench import dates, pycode
+from isthmus.workbench import codesearch, dates, pycode
 
 PREFIX, HUB = "workbench:", "hub:"
 
@@ -44,8 +44,18 @@ def _pycode() -> Data[str]:
     return Data(pycode.texts("train"), pycode.texts("held-out"), "workbench:pycode")
 
 
+def _docstrings() -> Data[Pair]:
+    train = codesearch.pairs("train")
+    known = set(train)
+    valid = [p for p in codesearch.pairs("dev") if p not in known]
+    return Data(train, valid, "workbench:docstrings")
+
+
 SOURCES: dict[str, Source] = {
     "dates": Source("pairs", _dates, "dates in fifteen languages and their ISO form"),
+    "docstrings": Source(
+        "pairs", _docstrings, "first paragraphs of docstrings, and the text or code that follows"
+    ),
     "pycode": Source("texts", _pycode, "source of Python's standard library"),
 }
 """The data sets by name."""
