@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -44,6 +44,26 @@ def words(text: str) -> list[str]:
 def bag(text: str) -> Counter[str]:
     """Counts of the :func:`words` of a text."""
     return Counter(words(text))
+
+
+def tf_idf(queries: Iterable[str], documents: Iterable[str]) -> tuple[Floats, Floats]:
+    """TF-IDF vectors of queries [Q, V] and documents [N, V] over the words of the documents.
+
+    Example:
+        >>> q, d = tf_idf(["b"], ["a b", "a a"])
+        >>> bool((d == np.log([[1, 2], [1, 1]], dtype=np.float32)).all())  # b: one of two has it
+        True
+    """
+    bags = [bag(text) for text in documents]
+    place = {w: i for i, w in enumerate(dict.fromkeys(w for b in bags for w in b))}
+    asked = [bag(text) for text in queries]
+    tables = [np.zeros((len(rows), len(place)), np.float32) for rows in (asked, bags)]
+    for table, rows in zip(tables, (asked, bags), strict=True):
+        for row, counts in zip(table, rows, strict=True):
+            for word in counts.keys() & place.keys():
+                row[place[word]] = counts[word]
+    idf = np.log(len(bags) / (tables[1] > 0).sum(0)).astype(np.float32)
+    return tables[0] * idf, tables[1] * idf
 
 
 class SparseIndex(BaseIndex[Sequence[Bag]]):

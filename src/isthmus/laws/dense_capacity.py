@@ -14,6 +14,8 @@ normal entries loses the order with the probability of :func:`error`; of that, a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -114,6 +116,86 @@ def projection(k: int, width: int, entries: Entries, generator: torch.Generator)
     else:
         raise InvalidInputError(f"entries must be normal or signs, got {entries!r}")
     return drawn / math.sqrt(k)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What random projections keep of a ranking by words.
+
+    Attributes:
+        margin: Median normalised margin of the pairs.
+        lost: By dimensions k: share of orders lost, as drawn.
+        exact: The same by the law of normal projections.
+        excess: Largest share lost above the bound, over k and tenths of the pairs by margin.
+    """
+
+    margin: float
+    lost: dict[int, float]
+    exact: dict[int, float]
+    excess: float
+
+    def needed(self, agreement: float = 0.95) -> float:
+        """Dimensions that keep this share of orders, between those tried in log2 k."""
+        ks = sorted(self.lost)
+        kept = [1 - self.lost[k] for k in ks]
+        return float(2 ** np.interp(agreement, np.maximum.accumulate(kept), np.log2(ks)))
+
+
+def measure(
+    queries: torch.Tensor,
+    documents: torch.Tensor,
+    ks: Sequence[int],
+    *,
+    draws: int = 4,
+    seed: int = 0,
+) -> Capacity:
+    """Project queries and documents, and see which orders are lost.
+
+    Pairs are the best document of a query against each of the next hundred.
+
+    Args:
+        queries: [Q, V].
+        documents: [N, V].
+        ks: Dimensions, rising.
+        draws: Projections.
+        seed: Seed of the projections.
+    """
+    scores = queries @ documents.T
+    best, rows = scores.topk(min(101, len(documents)), 1)
+    own = (best[:, 0] > 0).nonzero()[:, 0]
+    pairs = []
+    for q in own.tolist():
+        below = rows[q, 1:][best[q, 1:] < best[q, 0]]
+        pairs.append(torch.stack([torch.full_like(below, q), rows[q, 0].expand_as(below), below]))
+    q, d1, d2 = torch.cat(pairs, 1)
+    # margins from norms and products alone: |a - b|^2 = |a|^2 - 2 <a, b> + |b|^2
+    norms, products = documents.square().sum(1), documents @ documents.T
+    gap = (norms[d1] - 2 * products[d1, d2] + norms[d2]).clamp(min=1e-12).sqrt()
+    mu = ((scores[q, d1] - scores[q, d2]) / (queries.norm(dim=1)[q] * gap)).clamp(1e-6, 1)
+    generator = torch.Generator().manual_seed(seed)
+    lost = {k: torch.zeros(len(q)) for k in ks}
+    for _ in range(draws):
+        drawn = projection(max(ks), queries.shape[1], "normal", generator)
+        a, b, done = queries @ drawn, documents @ drawn, 0
+        kept = torch.zeros(len(a), len(b))
+        for k in ks:  # the first k columns are a projection to k dimensions
+            kept += a[:, done:k] @ b[:, done:k].T
+            done = k
+            lost[k] += (kept[q, d1] <= kept[q, d2]).float() / draws
+    tenths = torch.chunk(mu.argsort(), 10)
+    margins = mu.double().numpy()
+    excess = max(
+        float(lost[k][part].mean() - bound(margins[part.numpy()], k).mean())
+        for k in ks
+        for part in tenths
+    )
+    some = margins[:: max(1, len(margins) // 500)]
+    return Capacity(
+        margin=float(np.median(margins)),
+        lost={k: float(v.mean()) for k, v in lost.items()},
+        exact={k: float(error(some, k).mean()) for k in ks},
+        excess=excess,
+    )
 
 
 def _margins(margins: ArrayLike, k: int) -> Floats:

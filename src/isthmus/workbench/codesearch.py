@@ -17,10 +17,10 @@ import ast
 import functools
 import hashlib
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Literal, get_args
+from typing import Literal, Self, get_args
 
 from isthmus.errors import InvalidInputError
 from isthmus.indexes.base import to_run
@@ -54,6 +54,24 @@ class Task:
     queries: Mapping[str, str]
     documents: Mapping[str, str]
     qrels: Mapping[str, Mapping[str, int]]
+
+    @classmethod
+    def of(cls, pairs: Sequence[Pair]) -> Self:
+        """Pairs as a task: every target is a document, equal sources are one query."""
+        ids = {text: str(i) for i, text in enumerate(dict.fromkeys(p.target for p in pairs))}
+        qrels: dict[str, dict[str, int]] = {}
+        for pair in pairs:
+            qrels.setdefault(pair.source, {})[ids[pair.target]] = 1
+        return cls({q: q for q in qrels}, {i: text for text, i in ids.items()}, qrels)
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """Every query with each of its documents."""
+        return [
+            Pair(self.queries[query], self.documents[key])
+            for query, answers in self.qrels.items()
+            for key in answers
+        ]
 
 
 @dataclass(frozen=True)
@@ -299,10 +317,4 @@ def pairs(part: Part) -> list[Pair]:
     Raises:
         InvalidInputError: No such part.
     """
-    tasks = (text(part), doc2code(part))
-    return [
-        Pair(t.queries[query], t.documents[key])
-        for t in tasks
-        for query, answers in t.qrels.items()
-        for key in answers
-    ]
+    return text(part).pairs + doc2code(part).pairs
