@@ -40,8 +40,9 @@ def _dates() -> Data[Pair]:
     return Data(pairs(60_000, "train"), pairs(1_000, "held-out"), "workbench:dates")
 
 
-def _pycode() -> Data[str]:
-    return Data(pycode.texts("train"), pycode.texts("held-out"), "workbench:pycode")
+def _pycode(step: int, name: str) -> Data[str]:
+    parts = (pycode.texts("train")[::step], pycode.texts("held-out")[::step])
+    return Data(*parts, f"{PREFIX}{name}")
 
 
 def _docstrings() -> Data[Pair]:
@@ -56,7 +57,8 @@ SOURCES: dict[str, Source] = {
     "docstrings": Source(
         "pairs", _docstrings, "first paragraphs of docstrings, and the text or code that follows"
     ),
-    "pycode": Source("texts", _pycode, "source of Python's standard library"),
+    "pycode": Source("texts", lambda: _pycode(1, "pycode"), "source of Python's standard library"),
+    "pycode-tenth": Source("texts", lambda: _pycode(10, "pycode-tenth"), "every tenth file of it"),
 }
 """The data sets by name."""
 
