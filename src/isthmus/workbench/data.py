@@ -13,7 +13,7 @@ from typing import Any
 
 from isthmus.errors import InvalidInputError, UnknownNameError
 from isthmus.training.data import Data, Pair, read, read_hub
-from isthmus.workbench import dates, numbers, pycode
+from isthmus.workbench import codesearch, dates, numbers, pycode
 from isthmus.workbench.scene_masks import NAMED, MaskedScene, masked_scenes
 
 PREFIX, HUB = "workbench:", "hub:"
@@ -60,11 +60,21 @@ def _named_scenes() -> Data[MaskedScene]:
     )
 
 
+def _docstrings() -> Data[Pair]:
+    train = codesearch.pairs("train")
+    known = set(train)
+    valid = [p for p in codesearch.pairs("dev") if p not in known]
+    return Data(train, valid, "workbench:docstrings")
+
+
 SOURCES: dict[str, Source] = {
     "dates": Source("pairs", _dates, "dates in fifteen languages and their ISO form"),
     "numbers": Source("pairs", numbers.data, "numbers in words of four languages, and digits"),
     "scene-masks": Source("masks", _scenes, "rendered shapes and the class of every pixel"),
     "named-scenes": Source("pictures", _named_scenes, "small pictures of one shape each"),
+    "docstrings": Source(
+        "pairs", _docstrings, "first paragraphs of docstrings, and the text or code that follows"
+    ),
     "pycode": Source("texts", lambda: _pycode(1, "pycode"), "source of Python's standard library"),
     "pycode-tenth": Source("texts", lambda: _pycode(10, "pycode-tenth"), "every tenth file of it"),
 }
