@@ -37,7 +37,16 @@ app.command(
     name="strategies",
     help="List the decoding strategies, their settings, and whether drafts go with them.",
 )
-app.command("isthmus.cli.train:train", name="train", help="Train a drafter for a model of yours.")
+app.command(
+    "isthmus.cli.train:train",
+    name="train",
+    help="Train a system on your data, or a drafter for your model.",
+)
+app.command(
+    "isthmus.cli.run:run",
+    name="run",
+    help="Run a trained system: a text, a sound or a picture in, what it makes of it out.",
+)
 app.command(
     "isthmus.cli.train:export",
     name="export",
