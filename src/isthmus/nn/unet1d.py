@@ -270,7 +270,7 @@ class WaveUNet(nn.Module):
         h = x[:, None]
         pending, skips, tails = list(state.pending), list(state.skips), list(state.tails)
         for level, down in enumerate(self.encoder):
-            h, pending[level] = down.step(h, pending[level])
+            h, pending[level] = down.step(h, pending[level])  # type: ignore[operator]
             waiting = skips[level]
             skips[level] = h if waiting is None else torch.cat([waiting, h], -1)
         h, bottleneck = self._cross(h, state.bottleneck)
@@ -278,7 +278,7 @@ class WaveUNet(nn.Module):
             waiting, count = skips[level], h.shape[-1]
             assert waiting is not None
             skips[level] = waiting[..., count:]
-            h, tails[level] = up.step(h + waiting[..., :count], tails[level])
+            h, tails[level] = up.step(h + waiting[..., :count], tails[level])  # type: ignore[operator]
         return h[:, 0], UNetState(pending, skips, tails, bottleneck)
 
 

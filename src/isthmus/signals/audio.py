@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -69,6 +70,40 @@ class Waveform:
     def at(self, rate: int) -> Waveform:
         """The same sound at another rate."""
         return Waveform(resample(self.samples, self.rate, rate), rate)
+
+
+@dataclass(frozen=True, repr=False)
+class Recording:
+    """A record to train on: a sound file that is read when it is needed, or samples in memory.
+
+    Attributes:
+        path: The file.
+        samples: float32 [N], where there is no file.
+        rate: Rate of the samples; a file knows its own.
+    """
+
+    path: Path | None = None
+    samples: torch.Tensor | None = None
+    rate: int = 16_000
+
+    def __repr__(self) -> str:
+        """What decides the sound, for fingerprints."""
+        if self.samples is not None:
+            return f"{zlib.crc32(self.samples.numpy().tobytes()):08x}/{len(self.samples)}"
+        assert self.path is not None
+        return f"{self.path.name}/{self.path.stat().st_size}"
+
+    def at(self, rate: int) -> torch.Tensor:
+        """One channel [N] at a rate.
+
+        Raises:
+            BrokenFileError: The file cannot be read.
+            InvalidInputError: It is empty.
+        """
+        if self.samples is not None:
+            return resample(self.samples, self.rate, rate)
+        assert self.path is not None
+        return read(self.path).mono().at(rate).samples[0]
 
 
 def fit(

@@ -5,6 +5,8 @@ new medium adds one entry to :data:`KINDS`::
 
     texts   one document           .txt .md .rst .py (a file each), .jsonl with a field "text"
     pairs   a source and its target .tsv .csv (two columns), .jsonl with "source" and "target"
+    spoken  sound and its text      .tsv .csv (file, text), .jsonl with "audio" and "text"
+    noisy   sound, noisy and clean  .tsv .csv (two files), .jsonl with "noisy" and "clean"
 
 A record that cannot be used is reported with its file and line; a given number of them may be left
 out instead.
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from isthmus.errors import BrokenFileError, InvalidInputError, UnknownNameError, require
+from isthmus.signals.audio import Recording
 
 R = TypeVar("R")
 
@@ -33,6 +36,20 @@ class Pair(NamedTuple):
 
     source: str
     target: str
+
+
+class Spoken(NamedTuple):
+    """A recording and what is said in it."""
+
+    sound: Recording
+    text: str
+
+
+class Noisy(NamedTuple):
+    """A noisy recording and the clean one, sample by sample."""
+
+    noisy: Recording
+    clean: Recording
 
 
 @dataclass(frozen=True)
@@ -77,9 +94,9 @@ def _document(path: Path) -> Iterator[Line]:
         yield 1, text
 
 
-def _pairs(path: Path) -> Iterator[Line]:
+def _pairs(path: Path, first: str = "source", second: str = "target") -> Iterator[Line]:
     if path.suffix == ".jsonl":
-        yield from _objects(path, lambda o: Pair(_text(o, "source"), _text(o, "target")))
+        yield from _objects(path, lambda o: Pair(_text(o, first), _text(o, second)))
         return
     if path.suffix == ".csv":
         rows: Iterator[tuple[int, list[str]]] = (
@@ -91,9 +108,38 @@ def _pairs(path: Path) -> Iterator[Line]:
         if not any(row):
             continue
         if len(row) != 2 or not all(cell.strip() for cell in row):
-            yield number, BadRecord(f"needs two columns, source and target; it has {len(row)}")
+            yield number, BadRecord(f"needs two columns, {first} and {second}; it has {len(row)}")
         else:
             yield number, Pair(*(cell.strip() for cell in row))
+
+
+def _spoken(path: Path) -> Iterator[Line]:
+    yield from _with_sound(path, _pairs(path, "audio", "text"), lambda s, t: Spoken(s(), t))
+
+
+def _noisy(path: Path) -> Iterator[Line]:
+    yield from _with_sound(path, _pairs(path, "noisy", "clean"), lambda s, t: Noisy(s(), s(t)))
+
+
+def _with_sound(
+    path: Path, rows: Iterator[Line], record: Callable[[Callable[..., Recording], str], Any]
+) -> Iterator[Line]:
+    """Records whose first text names a sound file, beside the manifest or absolute."""
+    for number, row in rows:
+        if isinstance(row, BadRecord):
+            yield number, row
+            continue
+
+        def sound(name: str = row[0]) -> Recording:
+            file = path.parent / name
+            if not file.is_file():
+                raise BadRecord(f"there is no sound file {file}")
+            return Recording(file)
+
+        try:
+            yield number, record(sound, row[1])
+        except BadRecord as error:
+            yield number, error
 
 
 @dataclass(frozen=True)
@@ -116,6 +162,10 @@ KINDS: dict[str, Kind] = {
     "pairs": Kind(
         _pairs, (".tsv", ".csv", ".jsonl"), 'two columns, or .jsonl: "source" and "target"'
     ),
+    "spoken": Kind(
+        _spoken, (".tsv", ".csv", ".jsonl"), 'file and text, or .jsonl: "audio" and "text"'
+    ),
+    "noisy": Kind(_noisy, (".tsv", ".csv", ".jsonl"), 'two files, or .jsonl: "noisy" and "clean"'),
 }
 """The kinds by name."""
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.errors import InvalidInputError, UnknownNameError
-from isthmus.training.data import Data, Pair, read, read_hub
-from isthmus.workbench import dates, pycode
+from isthmus.signals.audio import Recording
+from isthmus.training.data import Data, Noisy, Pair, Spoken, read, read_hub
+from isthmus.workbench import dates, pycode, speech
 
 PREFIX, HUB = "workbench:", "hub:"
 
@@ -44,9 +45,37 @@ def _pycode() -> Data[str]:
     return Data(pycode.texts("train"), pycode.texts("held-out"), "workbench:pycode")
 
 
+def _speech(kind: str, count: int, held_out: int = 200) -> Callable[[], Data[Any]]:
+    def spoken(split: speech.Split, number: int) -> list[Spoken]:
+        heard = speech.corpus(kind, split, number)
+        return [Spoken(Recording(samples=u.samples), u.line.target) for u in heard]
+
+    def make() -> Data[Any]:
+        train, valid = spoken("train", count), spoken("held-out", held_out)
+        return Data(train, valid, f"workbench:speech-{kind}")
+
+    return make
+
+
+def _noisy() -> Data[Noisy]:
+    def pairs(split: speech.Split, count: int) -> list[Noisy]:
+        return [
+            Noisy(Recording(samples=noisy), Recording(samples=clean))
+            for noisy, clean in speech.noisy("docs", split, count)
+        ]
+
+    return Data(pairs("train", 400), pairs("accent", 24), "workbench:noisy")
+
+
 SOURCES: dict[str, Source] = {
     "dates": Source("pairs", _dates, "dates in fifteen languages and their ISO form"),
     "pycode": Source("texts", _pycode, "source of Python's standard library"),
+    "noisy": Source("noisy", _noisy, "spoken sentences in white, pink, brown noise and hum"),
+    "speech-numbers": Source("spoken", _speech("numbers", 3000), "spoken numbers, in words"),
+    "speech-dates": Source("spoken", _speech("dates", 3000), "spoken dates and their ISO form"),
+    "speech-sentences": Source(
+        "spoken", _speech("sentences", 3000), "spoken sentences of 36 words"
+    ),
 }
 """The data sets by name."""
 

@@ -38,6 +38,7 @@ from safetensors.torch import load_file, save_file
 from isthmus.errors import BrokenFileError, InvalidInputError, MissingExtraError, UnknownNameError
 from isthmus.folders import kept, published
 from isthmus.signals.audio import resample
+from isthmus.signals.augment import mix
 from isthmus.workbench import pycode
 
 Split = Literal["train", "held-out", "accent"]
@@ -442,3 +443,28 @@ def babble(voices: Sequence[Utterance], length: int, generator: torch.Generator)
         start = int(torch.randint(len(samples), (1,), generator=generator))
         total += samples.roll(-start).repeat(-(-length // len(samples)))[:length]
     return total / total.square().mean().sqrt().clamp(min=1e-12)
+
+
+def noisy(
+    kind: str,
+    split: Split,
+    count: int,
+    *,
+    noises: Sequence[str] = ("white", "pink", "brown", "hum"),
+    snr_db: tuple[float, float] = (-5.0, 20.0),
+    seed: int = 0,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Utterances of a set in noise of their own, at a ratio of signal to noise drawn evenly.
+
+    Returns:
+        Noisy and clean samples [N] of each.
+    """
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{kind}/{split}/{seed}".encode()))
+    found = []
+    for index, utterance in enumerate(corpus(kind, split, count, seed=seed)):
+        clean = utterance.samples
+        hiss = noise(noises[index % len(noises)], len(clean), generator)
+        low, high = snr_db
+        ratio = low + (high - low) * torch.rand((), generator=generator)
+        found.append((clean + mix(clean, hiss, ratio), clean))
+    return found
