@@ -106,7 +106,7 @@ def si_sdr(estimate: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     Example:
         >>> s = torch.tensor([1.0, -1.0, 1.0, -1.0])
         >>> si_sdr(3 * s + 0.3 * torch.tensor([1.0, 1.0, -1.0, -1.0]), s)
-        tensor(20.)
+        tensor(20.0000)
     """
     if estimate.shape != truth.shape:
         raise InvalidInputError(

@@ -274,7 +274,8 @@ def _date(draw: random.Random) -> tuple[str, str, str]:
     year, month, day = draw.randint(1910, 2099), draw.randint(1, 12), draw.randint(1, 28)
     tail = year % 100
     low = words(tail) if tail > 9 else f"oh {_ONES[tail]}" if tail else "hundred"
-    text = f"{ordinal(day)} {_MONTHS[month - 1]} {words(year // 100)} {low}"
+    said = "two thousand" if year == 2000 else f"{words(year // 100)} {low}"
+    text = f"{ordinal(day)} {_MONTHS[month - 1]} {said}"
     return text, f"{year}-{month:02d}-{day:02d}", "en"
 
 
@@ -366,7 +367,7 @@ def lines(kind: str, split: Split, count: int, *, seed: int = 0) -> list[Line]:
     Example:
         >>> line = lines("dates", "train", 1)[0]
         >>> line.text, line.target
-        ('twentieth july twenty thirty three', '2033-07-20')
+        ('eighteenth august two thousand', '2000-08-18')
     """
     if kind not in SETS:
         raise UnknownNameError("set of speech", kind, SETS)
