@@ -52,7 +52,8 @@ class Plan:
         steps: Optimiser steps.
         optimizer: ``adamw``, ``adam``, ``adamw-scale``, ``adafactor`` or ``sgd``.
         learning_rate: Its peak.
-        schedule: ``cosine``, ``linear``, ``constant``, ``inverse-sqrt``, ``poly`` or ``plateau``.
+        schedule: ``cosine``, ``linear``, ``constant``, ``inverse-sqrt`` or another of
+            :data:`~isthmus.training.schedules.SCHEDULES`.
         warmup_steps: Steps over which the rate rises.
         betas: Decay of the moments; the first is SGD's momentum.
         weight_decay: Decoupled, of matrices only.

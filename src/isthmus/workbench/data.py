@@ -41,8 +41,9 @@ def _dates() -> Data[Pair]:
     return Data(pairs(60_000, "train"), pairs(1_000, "held-out"), "workbench:dates")
 
 
-def _pycode() -> Data[str]:
-    return Data(pycode.texts("train"), pycode.texts("held-out"), "workbench:pycode")
+def _pycode(step: int, name: str) -> Data[str]:
+    parts = (pycode.texts("train")[::step], pycode.texts("held-out")[::step])
+    return Data(*parts, f"{PREFIX}{name}")
 
 
 def _speech(kind: str, count: int, held_out: int = 200) -> Callable[[], Data[Any]]:
@@ -69,13 +70,12 @@ def _noisy() -> Data[Noisy]:
 
 SOURCES: dict[str, Source] = {
     "dates": Source("pairs", _dates, "dates in fifteen languages and their ISO form"),
-    "pycode": Source("texts", _pycode, "source of Python's standard library"),
+    "pycode": Source("texts", lambda: _pycode(1, "pycode"), "source of Python's standard library"),
+    "pycode-tenth": Source("texts", lambda: _pycode(10, "pycode-tenth"), "every tenth file of it"),
     "noisy": Source("noisy", _noisy, "spoken sentences in white, pink, brown noise and hum"),
     "speech-numbers": Source("spoken", _speech("numbers", 3000), "spoken numbers, in words"),
     "speech-dates": Source("spoken", _speech("dates", 3000), "spoken dates and their ISO form"),
-    "speech-sentences": Source(
-        "spoken", _speech("sentences", 3000), "spoken sentences of 36 words"
-    ),
+    "speech-sentences": Source("spoken", _speech("sentences", 3000), "sentences of 36 words"),
 }
 """The data sets by name."""
 
