@@ -93,6 +93,21 @@ class Recording:
         assert self.path is not None
         return f"{self.path.name}/{self.path.stat().st_size}"
 
+    @property
+    def duration_s(self) -> float:
+        """Seconds; a file is opened but not read.
+
+        Raises:
+            BrokenFileError: The file cannot be opened as sound.
+        """
+        if self.samples is not None:
+            return len(self.samples) / self.rate
+        soundfile: Any = require("soundfile", "speech")
+        try:
+            return float(soundfile.info(str(self.path)).duration)
+        except (OSError, RuntimeError) as error:
+            raise BrokenFileError(f"{self.path} cannot be read as sound ({error})") from error
+
     def at(self, rate: int) -> torch.Tensor:
         """One channel [N] at a rate.
 
