@@ -9,14 +9,14 @@
 
 After Gulati et al., 2020 (arXiv 2005.08100), Rekesh et al., "Fast Conformer", 2023 (arXiv
 2305.05084) and Kim et al., "E-Branchformer", 2022 (arXiv 2210.00077). Parameters are named as in
-transformers' ``ParakeetEncoder``, whose weights load here. Frames beyond the length of a row change
-nothing within it.
+transformers' ``ParakeetEncoder``, whose weights load by :func:`from_parakeet`. Frames beyond the
+length of a row change nothing within it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from isthmus.errors import InvalidInputError, UnknownNameError
+from isthmus.nn.feed_forward import FeedForward
 
 Norm = Literal["layer", "batch"]
 Between = Callable[[int, torch.Tensor], torch.Tensor]
@@ -108,28 +109,6 @@ def shift(scores: torch.Tensor) -> torch.Tensor:
     return rolled.reshape(*outer, length, 2 * length - 1)[..., :length]
 
 
-class FeedForward(nn.Module):
-    """Linear, SiLU, linear.
-
-    Args:
-        width: D.
-        inner: Width between.
-        dropout: Behind the activation.
-    """
-
-    def __init__(self, width: int, inner: int, dropout: float = 0.1) -> None:
-        super().__init__()
-        self.linear1, self.linear2 = nn.Linear(width, inner), nn.Linear(inner, width)
-        self.dropout = dropout
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., D] to the same."""
-        y: torch.Tensor = self.linear2(
-            F.dropout(F.silu(self.linear1(x)), self.dropout, self.training)
-        )
-        return y
-
-
 class Convolution(nn.Module):
     """Pointwise, GLU, depthwise, norm, SiLU, pointwise.
 
@@ -183,10 +162,10 @@ class ConformerBlock(nn.Module):
     ) -> None:
         super().__init__()
         inner, self.dropout = inner or 4 * width, dropout
-        self.feed_forward1 = FeedForward(width, inner, dropout)
+        self.feed_forward1 = FeedForward(width, inner, "silu", dropout=dropout)
         self.self_attn = RelativeAttention(width, heads, dropout)
         self.conv = Convolution(width, kernel, norm)
-        self.feed_forward2 = FeedForward(width, inner, dropout)
+        self.feed_forward2 = FeedForward(width, inner, "silu", dropout=dropout)
         self.norm_feed_forward1, self.norm_self_att = nn.LayerNorm(width), nn.LayerNorm(width)
         self.norm_conv, self.norm_feed_forward2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.norm_out = nn.LayerNorm(width)
@@ -250,13 +229,13 @@ class EBranchformerBlock(nn.Module):
     ) -> None:
         super().__init__()
         inner, self.dropout = inner or 4 * width, dropout
-        self.feed_forward1 = FeedForward(width, inner, dropout)
+        self.feed_forward1 = FeedForward(width, inner, "silu", dropout=dropout)
         self.self_attn = RelativeAttention(width, heads, dropout)
         self.gated = GatedConvolution(width, inner, kernel)
         both = 2 * width
         self.merge_conv = nn.Conv1d(both, both, kernel, padding=kernel // 2, groups=both)
         self.merge = nn.Linear(both, width)
-        self.feed_forward2 = FeedForward(width, inner, dropout)
+        self.feed_forward2 = FeedForward(width, inner, "silu", dropout=dropout)
         self.norm_feed_forward1, self.norm_self_att = nn.LayerNorm(width), nn.LayerNorm(width)
         self.norm_gated, self.norm_feed_forward2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.norm_out = nn.LayerNorm(width)
@@ -413,3 +392,11 @@ class Conformer(nn.Module):
             if between is not None:
                 x = between(number, x)
         return x, lengths
+
+
+def from_parakeet(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of transformers' ``ParakeetEncoder`` under the names they have here."""
+    return {
+        name.replace(".linear1.", ".in_proj.").replace(".linear2.", ".out_proj."): value
+        for name, value in weights.items()
+    }
