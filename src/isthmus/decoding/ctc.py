@@ -151,3 +151,35 @@ def _plus(a: float, b: float) -> float:
     """log(exp(a) + exp(b))."""
     high, low = (a, b) if a > b else (b, a)
     return high if low == -math.inf else high + math.log1p(math.exp(low - high))
+
+
+def windows(length: int, size: int, context: int) -> list[tuple[int, int, int, int]]:
+    """Overlapping windows over a long sound, and the part of each that is used.
+
+    What lies within ``context`` of an inner edge of a window is left to its neighbour.
+
+    Args:
+        length: Of the sound.
+        size: Of a window, more than twice the context.
+        context: See above.
+
+    Returns:
+        Start and end of each window, and of its used part; the used parts follow one another.
+
+    Raises:
+        InvalidInputError: The windows are too small for their context.
+
+    Example:
+        >>> windows(10, 6, 1)
+        [(0, 6, 0, 5), (4, 10, 5, 10)]
+    """
+    if context < 0 or size <= 2 * context:
+        raise InvalidInputError(
+            f"a window is longer than twice its context, got {size} and {context}"
+        )
+    found, start = [], 0
+    while start + size < length:
+        used = 0 if start == 0 else start + context
+        found.append((start, start + size, used, start + size - context))
+        start += size - 2 * context
+    return [*found, (start, max(length, start), 0 if start == 0 else start + context, length)]

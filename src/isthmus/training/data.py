@@ -7,6 +7,8 @@ new medium adds one entry to :data:`KINDS`::
     pairs   a source and its target .tsv .csv (two columns), .jsonl with "source" and "target"
     spoken  sound and its text      .tsv .csv (file, text), .jsonl with "audio" and "text"
     noisy   sound, noisy and clean  .tsv .csv (two files), .jsonl with "noisy" and "clean"
+    translated  sound, its text and a translation  .jsonl with "audio", "language", "text",
+                                                   "translation"
 
 A record that cannot be used is reported with its file and line; a given number of them may be left
 out instead.
@@ -43,6 +45,15 @@ class Spoken(NamedTuple):
 
     sound: Recording
     text: str
+
+
+class Translated(NamedTuple):
+    """A recording, what is said in it and in which language, and a translation."""
+
+    sound: Recording
+    language: str
+    text: str
+    translation: str
 
 
 class Noisy(NamedTuple):
@@ -121,6 +132,20 @@ def _noisy(path: Path) -> Iterator[Line]:
     yield from _with_sound(path, _pairs(path, "noisy", "clean"), lambda s, t: Noisy(s(), s(t)))
 
 
+def _translated(path: Path) -> Iterator[Line]:
+    fields = ("audio", "language", "text", "translation")
+    rows = _objects(path, lambda o: tuple(_text(o, name) for name in fields))
+    for number, row in rows:
+        if isinstance(row, BadRecord):
+            yield number, row
+        else:
+            yield from _with_sound(
+                path,
+                iter([(number, row)]),
+                lambda s, _, rest=row[1:]: Translated(s(), *rest),  # type: ignore[misc]
+            )
+
+
 def _with_sound(
     path: Path, rows: Iterator[Line], record: Callable[[Callable[..., Recording], str], Any]
 ) -> Iterator[Line]:
@@ -164,6 +189,9 @@ KINDS: dict[str, Kind] = {
     ),
     "spoken": Kind(
         _spoken, (".tsv", ".csv", ".jsonl"), 'file and text, or .jsonl: "audio" and "text"'
+    ),
+    "translated": Kind(
+        _translated, (".jsonl",), '.jsonl: "audio", "language", "text", "translation"'
     ),
     "noisy": Kind(_noisy, (".tsv", ".csv", ".jsonl"), 'two files, or .jsonl: "noisy" and "clean"'),
 }

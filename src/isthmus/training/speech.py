@@ -14,7 +14,7 @@ from isthmus.errors import InvalidInputError
 from isthmus.nn.spec_augment import SpecAugment
 from isthmus.signals.features import RATE, LogMel
 from isthmus.training.buckets import Buckets2D, BucketSampler, padding
-from isthmus.training.data import Spoken
+from isthmus.training.data import Spoken, Translated
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,49 @@ class Characters:
         return "".join(self.characters[token - 1] for token in tokens)
 
 
+@dataclass(frozen=True)
+class Words:
+    """A closed vocabulary of words; token 0 is the blank of CTC.
+
+    Attributes:
+        words: In order; the first is token 1.
+
+    Example:
+        >>> words = Words.of(["a cat", "a dog"])
+        >>> words.encode("dog cat").tolist(), words.decode([1, 3])
+        ([3, 2], 'a dog')
+    """
+
+    words: tuple[str, ...]
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> Words:
+        """All words of some texts."""
+        return cls(tuple(sorted({word for text in texts for word in text.split()})))
+
+    def __len__(self) -> int:
+        """Tokens, the blank included."""
+        return len(self.words) + 1
+
+    def encode(self, text: str) -> torch.Tensor:
+        """Tokens int64 [U].
+
+        Raises:
+            InvalidInputError: A word was not in the training data.
+        """
+        number = {word: index for index, word in enumerate(self.words, 1)}
+        missing = [word for word in text.split() if word not in number]
+        if missing:
+            raise InvalidInputError(
+                f"{text!r} has {missing[0]!r}, which the training data does not have; leave it out"
+            )
+        return torch.tensor([number[word] for word in text.split()], dtype=torch.int64)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of some tokens."""
+        return " ".join(self.words[token - 1] for token in tokens)
+
+
 class SpokenBatch(NamedTuple):
     """Spoken records, padded.
 
@@ -101,8 +144,8 @@ class SpokenBatches:
 
     def __init__(
         self,
-        records: Sequence[Spoken],
-        letters: Characters,
+        records: Sequence[Spoken | Translated],
+        letters: Characters | Words,
         mel: LogMel,
         size: int,
         *,

@@ -13,7 +13,7 @@ from typing import Any
 
 from isthmus.errors import InvalidInputError, UnknownNameError
 from isthmus.signals.audio import Recording
-from isthmus.training.data import Data, Noisy, Pair, Spoken, read, read_hub
+from isthmus.training.data import Data, Noisy, Pair, Spoken, Translated, read, read_hub
 from isthmus.workbench import dates, pycode, speech
 
 PREFIX, HUB = "workbench:", "hub:"
@@ -58,6 +58,17 @@ def _speech(kind: str, count: int, held_out: int = 200) -> Callable[[], Data[Any
     return make
 
 
+def _multi() -> Data[Translated]:
+    def translated(split: speech.Split, count: int) -> list[Translated]:
+        heard = speech.corpus("multi", split, count)
+        return [
+            Translated(Recording(samples=u.samples), u.line.language, u.line.text, u.line.target)
+            for u in heard
+        ]
+
+    return Data(translated("train", 3000), translated("held-out", 200), "workbench:speech-multi")
+
+
 def _noisy() -> Data[Noisy]:
     def pairs(split: speech.Split, count: int) -> list[Noisy]:
         return [
@@ -73,6 +84,7 @@ SOURCES: dict[str, Source] = {
     "pycode": Source("texts", lambda: _pycode(1, "pycode"), "source of Python's standard library"),
     "pycode-tenth": Source("texts", lambda: _pycode(10, "pycode-tenth"), "every tenth file of it"),
     "noisy": Source("noisy", _noisy, "spoken sentences in white, pink, brown noise and hum"),
+    "speech-multi": Source("translated", _multi, "days spoken in three languages, and in English"),
     "speech-numbers": Source("spoken", _speech("numbers", 3000), "spoken numbers, in words"),
     "speech-dates": Source("spoken", _speech("dates", 3000), "spoken dates and their ISO form"),
     "speech-sentences": Source("spoken", _speech("sentences", 3000), "sentences of 36 words"),

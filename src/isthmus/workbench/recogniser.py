@@ -139,7 +139,7 @@ class Recogniser(TrainedSystem):
         ),
         "small": Scale(
             Settings(),
-            Plan(900, learning_rate=2e-3, warmup_steps=90, weight_decay=1e-2, validate_every=300),
+            Plan(450, learning_rate=2e-3, warmup_steps=45, weight_decay=1e-2, validate_every=150),
             "workbench:speech-sentences",
         ),
         "paper": Scale(
