@@ -187,7 +187,7 @@ class Learner:
         return Loss(s.top_weight * nats[-1] + (1 - s.top_weight) * inner, count)
 
     def validate(self) -> dict[str, float]:
-        """Word error rate of translations and of transcripts, and languages that were named right."""
+        """Word error rates of both tasks, and languages that were named right."""
         return judged(self.system, self.valid)
 
 
