@@ -41,6 +41,7 @@ class SpeechToText(nn.Module):
             head_dim=width // heads,
             intermediate_size=4 * width,
             norm_place="pre",
+            tied=False,
             dropout=dropout,
             end_id=vocab - 1,
         )

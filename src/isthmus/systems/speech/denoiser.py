@@ -308,7 +308,7 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
         seeds=(told.plan.seed,),
         notes=(
             f"{len(held_out)} sentences in white, pink and brown noise and hum at -5 to 20 dB",
-            "H 32, at most 64, 4 levels, no resampling; PESQ above spectral subtraction is not asked for",
+            "H 32 to 64, no resampling; PESQ above spectral subtraction is not asked for",
         ),
     )
 
