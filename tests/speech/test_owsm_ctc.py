@@ -82,10 +82,10 @@ def test_without_conditioning_and_inner_blocks_it_is_plain_ctc() -> None:
         assert len(read) == 1
         wanted = ctc_loss(read[0], lengths, batch.answer, batch.answer_lengths).nats.sum()
         torch.testing.assert_close(learner.loss(batch).total, wanted)
-        x, _ = plain.module.ctc.encoder(
+        x, _ = plain.module.encoder(
             batch.features, batch.frames, prefix=plain.module.prefix(batch.prefix)
         )
-        torch.testing.assert_close(read[0], plain.module.ctc.head(x).log_softmax(-1))
+        torch.testing.assert_close(read[0], plain.module.head(x).log_softmax(-1))
 
 
 def test_languages_are_learnt_first_and_systems_are_kept(tmp_path: Path) -> None:

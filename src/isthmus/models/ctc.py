@@ -28,13 +28,20 @@ class CTCModel(nn.Module):
         vocab: Tokens V, the blank included.
         inner: Blocks, numbered from 1, that are read as well as the last.
         condition: Whether what was read at an inner block is added to its state.
+        prefixes: Tokens that may stand before the frames, to say what is asked for.
 
     Raises:
         InvalidInputError: A block is named that does not exist, or the last.
     """
 
     def __init__(
-        self, encoder: Conformer, vocab: int, inner: Sequence[int] = (), *, condition: bool = True
+        self,
+        encoder: Conformer,
+        vocab: int,
+        inner: Sequence[int] = (),
+        *,
+        condition: bool = True,
+        prefixes: int = 0,
     ) -> None:
         super().__init__()
         depth = len(encoder.layers)
@@ -42,6 +49,7 @@ class CTCModel(nn.Module):
             raise InvalidInputError(f"inner blocks are from 1 to {depth - 1}, got {list(inner)}")
         self.encoder, self.inner = encoder, tuple(inner)
         self.head = nn.Linear(encoder.width, vocab)
+        self.prefix = nn.Embedding(prefixes, encoder.width) if prefixes else None
         self.tell = nn.Linear(vocab, encoder.width) if inner and condition else None
 
     def forward(
@@ -52,7 +60,7 @@ class CTCModel(nn.Module):
         Args:
             features: [B, M, F].
             frames: Valid frames [B].
-            prefix: States [B, P, D] that precede the frames; they are read, too.
+            prefix: Tokens int64 [B, P] that precede the frames; they are read, too.
 
         Returns:
             Log-probabilities [B, P + T, V] of the inner blocks and of the last, and how many frames
@@ -66,5 +74,6 @@ class CTCModel(nn.Module):
             read.append(self.head(x).log_softmax(-1))
             return x if self.tell is None else x + self.tell(read[-1].exp())
 
-        x, lengths = self.encoder(features, frames, prefix=prefix, between=between)
+        before = None if prefix is None or self.prefix is None else self.prefix(prefix)
+        x, lengths = self.encoder(features, frames, prefix=before, between=between)
         return [*read, self.head(x).log_softmax(-1)], lengths
