@@ -462,7 +462,7 @@ def noisy(
     """
     generator = torch.Generator().manual_seed(zlib.crc32(f"{kind}/{split}/{seed}".encode()))
     found = []
-    for index, utterance in enumerate(corpus(kind, split, count, seed=seed)):
+    for index, utterance in enumerate(say(lines(kind, split, count, seed=seed))):
         clean = utterance.samples
         hiss = noise(noises[index % len(noises)], len(clean), generator)
         low, high = snr_db

@@ -35,7 +35,6 @@ from isthmus.signals.subtraction import spectral_subtraction
 from isthmus.training.data import Data, Noisy
 from isthmus.training.loop import Plan
 from isthmus.training.system import Answer, Scale, TrainedSystem
-from isthmus.workbench.data import data as named_data
 from isthmus.workbench.speech import noisy
 from isthmus.workbench.trained import trained
 
@@ -242,15 +241,10 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
     size = "test" if scale == "test" else "small"
     told = Denoiser.scales[size]
     plain_plan = replace(told.plan, steps=told.plan.steps if size == "test" else PLAIN_STEPS)
-    records = named_data(told.data, "noisy")
-    ours, plain = (
-        Denoiser.from_pretrained(
-            trained(Denoiser, size, settings=settings, plan=plan, data=records)
-        )
-        for settings, plan in (
-            (told.settings, told.plan),
-            (replace(told.settings, stft_weight=0.0), plain_plan),
-        )
+    off = replace(told.settings, stft_weight=0.0)
+    ours, plain = map(
+        Denoiser.from_pretrained,
+        (trained(Denoiser, size), trained(Denoiser, size, settings=off, plan=plain_plan)),
     )
     held_out = noisy("docs", "accent", 4 if size == "test" else 60, seed=1)
     clean = [pair[1] for pair in held_out]

@@ -316,7 +316,7 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
     made: dict[str, OwsmCtc] = {}
     for name, change in arms.items():
         settings: Settings = replace(told.settings, **change)  # type: ignore[arg-type]
-        folder = trained(OwsmCtc, size, settings=settings, data=records)
+        folder = trained(OwsmCtc, size, settings=settings)
         made[name] = OwsmCtc.from_pretrained(folder)
     found = {name: judged(system, valid) for name, system in made.items()}
     sounds = [record.sound.at(RATE) for record in valid[:20]]
