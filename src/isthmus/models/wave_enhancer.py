@@ -25,7 +25,7 @@ class EnhancerState:
 
     Attributes:
         up: Inputs of the filter that raises the rate.
-        net: EnhancerState of the U-Net.
+        net: State of the U-Net.
         down: Inputs of the filter that lowers it.
         levels: Levels of samples that have not come out yet, [B, n].
         energy: Sum of squares so far, [B, 1].
