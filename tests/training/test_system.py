@@ -13,7 +13,7 @@ from torch import nn
 
 from isthmus.errors import BrokenFileError, InvalidInputError, MismatchError, UnknownNameError
 from isthmus.roles import Loss
-from isthmus.training.data import Data, Pair, read
+from isthmus.training.data import Data, Pair, read, read_hub
 from isthmus.training.loop import Plan
 from isthmus.training.system import Answer, Scale, TrainedSystem, train
 from isthmus.workbench import speech
@@ -164,3 +164,20 @@ def test_names_of_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
         made = data(f"workbench:{name}", source.kind)
         assert made.train and made.valid and made.name == f"workbench:{name}"
         assert not {*map(repr, made.train)} & {*map(repr, made.valid)}
+
+
+def test_data_sets_of_the_hub_are_read_by_their_columns(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "train.csv").write_text("source,target,text\neins,one,a\nzwei,two,b\n")
+    (folder / "validation.csv").write_text("source,target,text\ndrei,three,c\n")
+    found = data(f"hub:{folder}", "pairs")
+    assert list(found.train) == [Pair("eins", "one"), Pair("zwei", "two")]
+    assert list(found.valid) == [Pair("drei", "three")]
+    assert list(data(f"hub:{folder}", "texts").train) == ["a", "b"]
+    with pytest.raises(InvalidInputError, match="no column 'quelle'; it has source, target, text"):
+        read_hub("pairs", str(folder), {"source": "quelle"})
+    with pytest.raises(InvalidInputError, match="read as texts or pairs, not as images"):
+        read_hub("images", str(folder))

@@ -6,6 +6,7 @@ from isthmus.testing.policies import check_policy
 from isthmus.testing.statistics import StringTest, goodness_of_fit, string_test
 from isthmus.testing.streaming import check_streaming
 from isthmus.testing.targets import check_target
+from isthmus.testing.trained import check_trained
 
 __all__ = [
     "StringTest",
@@ -14,6 +15,7 @@ __all__ = [
     "check_policy",
     "check_streaming",
     "check_target",
+    "check_trained",
     "check_tree",
     "emitted_laws",
     "goodness_of_fit",

@@ -46,48 +46,50 @@ def _pycode(step: int, name: str) -> Data[str]:
     return Data(*parts, f"{PREFIX}{name}")
 
 
-def _speech(kind: str, count: int, held_out: int = 200) -> Callable[[], Data[Any]]:
+def _speech(kind: str, count: int = 3000, held_out: int = 200) -> Callable[[], Data[Any]]:
     def spoken(split: speech.Split, number: int) -> list[Spoken]:
         heard = speech.corpus(kind, split, number)
         return [Spoken(Recording(samples=u.samples), u.line.target) for u in heard]
 
-    def make() -> Data[Any]:
-        train, valid = spoken("train", count), spoken("held-out", held_out)
-        return Data(train, valid, f"workbench:speech-{kind}")
-
-    return make
+    return lambda: Data(
+        spoken("train", count), spoken("held-out", held_out), f"{PREFIX}speech-{kind}"
+    )
 
 
-def _multi() -> Data[Translated]:
-    def translated(split: speech.Split, count: int) -> list[Translated]:
-        heard = speech.corpus("multi", split, count)
+def _multi(count: int, held_out: int) -> Data[Translated]:
+    def translated(split: speech.Split, number: int) -> list[Translated]:
+        heard = speech.corpus("multi", split, number)
         return [
             Translated(Recording(samples=u.samples), u.line.language, u.line.text, u.line.target)
             for u in heard
         ]
 
-    return Data(translated("train", 3000), translated("held-out", 200), "workbench:speech-multi")
+    train, valid = translated("train", count), translated("held-out", held_out)
+    return Data(train, valid, f"{PREFIX}speech-multi")
 
 
-def _noisy() -> Data[Noisy]:
-    def pairs(split: speech.Split, count: int) -> list[Noisy]:
+def _noisy(count: int, held_out: int) -> Data[Noisy]:
+    def pairs(split: speech.Split, number: int) -> list[Noisy]:
         return [
             Noisy(Recording(samples=noisy), Recording(samples=clean))
-            for noisy, clean in speech.noisy("docs", split, count)
+            for noisy, clean in speech.noisy("docs", split, number)
         ]
 
-    return Data(pairs("train", 400), pairs("accent", 24), "workbench:noisy")
+    return Data(pairs("train", count), pairs("accent", held_out), f"{PREFIX}noisy")
 
 
 SOURCES: dict[str, Source] = {
     "dates": Source("pairs", _dates, "dates in fifteen languages and their ISO form"),
     "pycode": Source("texts", lambda: _pycode(1, "pycode"), "source of Python's standard library"),
     "pycode-tenth": Source("texts", lambda: _pycode(10, "pycode-tenth"), "every tenth file of it"),
-    "noisy": Source("noisy", _noisy, "spoken sentences in white, pink, brown noise and hum"),
-    "speech-multi": Source("translated", _multi, "days spoken in three languages, and in English"),
-    "speech-numbers": Source("spoken", _speech("numbers", 3000), "spoken numbers, in words"),
-    "speech-dates": Source("spoken", _speech("dates", 3000), "spoken dates and their ISO form"),
-    "speech-sentences": Source("spoken", _speech("sentences", 3000), "sentences of 36 words"),
+    "noisy": Source("noisy", lambda: _noisy(400, 24), "speech in white, pink, brown noise and hum"),
+    "noisy-few": Source("noisy", lambda: _noisy(40, 4), "the same, a tenth"),
+    "speech-numbers": Source("spoken", _speech("numbers"), "spoken numbers, in words"),
+    "speech-dates": Source("spoken", _speech("dates"), "spoken dates and their ISO form"),
+    "speech-sentences": Source("spoken", _speech("sentences"), "sentences of 36 words"),
+    "speech-few": Source("spoken", _speech("sentences", 60, 20), "a few of them"),
+    "speech-multi": Source("translated", lambda: _multi(3000, 200), "days in three languages"),
+    "speech-multi-few": Source("translated", lambda: _multi(60, 20), "a few of them"),
 }
 """The data sets by name."""
 

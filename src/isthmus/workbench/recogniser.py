@@ -135,7 +135,7 @@ class Recogniser(TrainedSystem):
     settings_type = Settings
     scales: ClassVar[Mapping[str, Scale]] = {
         "test": Scale(
-            Settings(16, 16, 2, 2, channels=4, batch_size=4), Plan(6), "workbench:speech-sentences"
+            Settings(16, 16, 2, 2, channels=4, batch_size=4), Plan(6), "workbench:speech-few"
         ),
         "small": Scale(
             Settings(),

@@ -156,7 +156,7 @@ class Denoiser(TrainedSystem):
         "test": Scale(
             Settings(4, 2, resample=1, layers=1, batch_size=2, segment_s=0.2),
             Plan(6, validate_every=3),
-            "workbench:noisy",
+            "workbench:noisy-few",
         ),
         "small": Scale(
             Settings(

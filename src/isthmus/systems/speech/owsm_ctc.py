@@ -184,7 +184,7 @@ class OwsmCtc(TrainedSystem):
         "test": Scale(
             Settings(16, 16, 2, 2, 5, 4, (1,), (1,), batch_size=4),
             Plan(4),
-            "workbench:speech-multi",
+            "workbench:speech-multi-few",
         ),
         "small": Scale(
             Settings(40, 96, 5, 4, 15, 16, (2, 3, 4), (2, 3), batch_size=32),
