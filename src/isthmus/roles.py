@@ -604,3 +604,29 @@ class Learner(Protocol):
     def validate(self) -> dict[str, float]:
         """Metrics on held-out data; the first one decides which weights are kept."""
         ...
+
+
+@runtime_checkable
+class Streaming(Protocol):
+    """Works on sound as it arrives, in packets of any size.
+
+    All packets and the flush together give what one packet of the whole gives.
+    ``isthmus.testing.check_streaming`` holds a part to it.
+
+    Attributes:
+        lookahead: Samples that have to be heard after a sample before its answer is complete.
+    """
+
+    lookahead: int
+
+    def init_state(self, batch: int) -> Any:
+        """The state before the first packet."""
+        ...
+
+    def step(self, chunk: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
+        """Take in a packet [B, N], N may be 0; what is complete comes out, and the new state."""
+        ...
+
+    def flush(self, state: Any) -> torch.Tensor:
+        """The rest, once no more sound will come."""
+        ...

@@ -16,6 +16,7 @@ from isthmus.roles import Loss
 from isthmus.training.data import Data, Pair, read, read_hub
 from isthmus.training.loop import Plan
 from isthmus.training.system import Answer, Scale, TrainedSystem, train
+from isthmus.workbench import speech
 from isthmus.workbench.data import SOURCES, data
 
 
@@ -150,7 +151,11 @@ def test_a_given_number_of_bad_records_is_left_out(tmp_path: Path) -> None:
         read("pairs", [tmp_path / "none.tsv"])
 
 
-def test_names_of_data_sets() -> None:
+def test_names_of_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = speech.corpus  # thousands of utterances take a minute to speak
+    monkeypatch.setattr(speech, "corpus", lambda kind, split, count: whole(kind, split, 8))
+    noisy = speech.noisy
+    monkeypatch.setattr(speech, "noisy", lambda kind, split, count: noisy(kind, split, 8))
     with pytest.raises(UnknownNameError, match="did you mean 'dates'"):
         data("workbench:date", "pairs")
     with pytest.raises(InvalidInputError, match="holds pairs, and texts are read here"):

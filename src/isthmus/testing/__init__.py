@@ -4,6 +4,7 @@ from isthmus.testing.acceptances import check_acceptance, emitted_laws
 from isthmus.testing.drafters import check_drafter, check_tree
 from isthmus.testing.policies import check_policy
 from isthmus.testing.statistics import StringTest, goodness_of_fit, string_test
+from isthmus.testing.streaming import check_streaming
 from isthmus.testing.targets import check_target
 from isthmus.testing.trained import check_trained
 
@@ -12,6 +13,7 @@ __all__ = [
     "check_acceptance",
     "check_drafter",
     "check_policy",
+    "check_streaming",
     "check_target",
     "check_trained",
     "check_tree",

@@ -7,6 +7,10 @@ new medium adds one entry to :data:`KINDS`::
     pairs   a source and its target .tsv .csv (two columns), .jsonl with "source" and "target"
     pictures  a picture             .png .jpg ... (a file each)
     masks   a picture and its mask  x.jpg and x.mask.png, or images/x.jpg and masks/x.png
+    spoken  sound and its text      .tsv .csv (file, text), .jsonl with "audio" and "text"
+    noisy   sound, noisy and clean  .tsv .csv (two files), .jsonl with "noisy" and "clean"
+    translated  sound, its text and a translation  .jsonl with "audio", "language", "text",
+                                                   "translation"
 
 A record that cannot be used is reported with its file and line; a given number of them may be left
 out instead.
@@ -24,6 +28,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from isthmus.errors import BrokenFileError, InvalidInputError, UnknownNameError, require
 from isthmus.signals import image
+from isthmus.signals.audio import Recording
 
 R = TypeVar("R")
 
@@ -36,6 +41,29 @@ class Pair(NamedTuple):
 
     source: str
     target: str
+
+
+class Spoken(NamedTuple):
+    """A recording and what is said in it."""
+
+    sound: Recording
+    text: str
+
+
+class Translated(NamedTuple):
+    """A recording, what is said in it and in which language, and a translation."""
+
+    sound: Recording
+    language: str
+    text: str
+    translation: str
+
+
+class Noisy(NamedTuple):
+    """A noisy recording and the clean one, sample by sample."""
+
+    noisy: Recording
+    clean: Recording
 
 
 @dataclass(frozen=True)
@@ -80,9 +108,9 @@ def _document(path: Path) -> Iterator[Line]:
         yield 1, text
 
 
-def _pairs(path: Path) -> Iterator[Line]:
+def _pairs(path: Path, first: str = "source", second: str = "target") -> Iterator[Line]:
     if path.suffix == ".jsonl":
-        yield from _objects(path, lambda o: Pair(_text(o, "source"), _text(o, "target")))
+        yield from _objects(path, lambda o: Pair(_text(o, first), _text(o, second)))
         return
     if path.suffix == ".csv":
         rows: Iterator[tuple[int, list[str]]] = (
@@ -94,7 +122,7 @@ def _pairs(path: Path) -> Iterator[Line]:
         if not any(row):
             continue
         if len(row) != 2 or not all(cell.strip() for cell in row):
-            yield number, BadRecord(f"needs two columns, source and target; it has {len(row)}")
+            yield number, BadRecord(f"needs two columns, {first} and {second}; it has {len(row)}")
         else:
             yield number, Pair(*(cell.strip() for cell in row))
 
@@ -126,6 +154,49 @@ def _masked(path: Path) -> Iterator[Line]:
         yield 1, error
 
 
+def _spoken(path: Path) -> Iterator[Line]:
+    yield from _with_sound(path, _pairs(path, "audio", "text"), lambda s, t: Spoken(s(), t))
+
+
+def _noisy(path: Path) -> Iterator[Line]:
+    yield from _with_sound(path, _pairs(path, "noisy", "clean"), lambda s, t: Noisy(s(), s(t)))
+
+
+def _translated(path: Path) -> Iterator[Line]:
+    fields = ("audio", "language", "text", "translation")
+    rows = _objects(path, lambda o: tuple(_text(o, name) for name in fields))
+    for number, row in rows:
+        if isinstance(row, BadRecord):
+            yield number, row
+        else:
+            yield from _with_sound(
+                path,
+                iter([(number, row)]),
+                lambda s, _, rest=row[1:]: Translated(s(), *rest),  # type: ignore[misc]
+            )
+
+
+def _with_sound(
+    path: Path, rows: Iterator[Line], record: Callable[[Callable[..., Recording], str], Any]
+) -> Iterator[Line]:
+    """Records whose first text names a sound file, beside the manifest or absolute."""
+    for number, row in rows:
+        if isinstance(row, BadRecord):
+            yield number, row
+            continue
+
+        def sound(name: str = row[0]) -> Recording:
+            file = path.parent / name
+            if not file.is_file():
+                raise BadRecord(f"there is no sound file {file}")
+            return Recording(file)
+
+        try:
+            yield number, record(sound, row[1])
+        except BadRecord as error:
+            yield number, error
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of record.
@@ -148,6 +219,13 @@ KINDS: dict[str, Kind] = {
     ),
     "pictures": Kind(_picture, image.SUFFIXES, "picture files"),
     "masks": Kind(_masked, image.SUFFIXES, "x.jpg and x.mask.png, or images/x.jpg and masks/x.png"),
+    "spoken": Kind(
+        _spoken, (".tsv", ".csv", ".jsonl"), 'file and text, or .jsonl: "audio" and "text"'
+    ),
+    "translated": Kind(
+        _translated, (".jsonl",), '.jsonl: "audio", "language", "text", "translation"'
+    ),
+    "noisy": Kind(_noisy, (".tsv", ".csv", ".jsonl"), 'two files, or .jsonl: "noisy" and "clean"'),
 }
 """The kinds by name."""
 

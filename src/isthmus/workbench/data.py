@@ -7,13 +7,14 @@ Pair(source='24 апреля 1900 года', target='1900-04-24')
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from isthmus.errors import InvalidInputError, UnknownNameError
-from isthmus.training.data import Data, Pair, read, read_hub
-from isthmus.workbench import codesearch, dates, numbers, pycode
+from isthmus.signals.audio import Recording
+from isthmus.training.data import Data, Noisy, Pair, Spoken, Translated, read, read_hub
+from isthmus.workbench import codesearch, dates, numbers, pycode, speech
 from isthmus.workbench.scene_masks import NAMED, MaskedScene, masked_scenes
 
 PREFIX, HUB = "workbench:", "hub:"
@@ -38,12 +39,40 @@ def _dates() -> Data[Pair]:
     def pairs(count: int, split: pycode.Split) -> list[Pair]:
         return [Pair(e.source, e.target) for e in dates.examples(count, split, seed="data")]
 
-    return Data(pairs(60_000, "train"), pairs(1_000, "held-out"), "workbench:dates")
+    return Data(pairs(60_000, "train"), pairs(1_000, "held-out"))
 
 
-def _pycode(step: int, name: str) -> Data[str]:
-    parts = (pycode.texts("train")[::step], pycode.texts("held-out")[::step])
-    return Data(*parts, f"{PREFIX}{name}")
+def _pycode(step: int) -> Data[str]:
+    return Data(pycode.texts("train")[::step], pycode.texts("held-out")[::step])
+
+
+def _spoken(kind: str, count: int = 3000, held_out: int = 200) -> Data[Spoken]:
+    def spoken(split: speech.Split, number: int) -> list[Spoken]:
+        heard = speech.corpus(kind, split, number)
+        return [Spoken(Recording(samples=u.samples), u.line.target) for u in heard]
+
+    return Data(spoken("train", count), spoken("held-out", held_out))
+
+
+def _multi(count: int, held_out: int) -> Data[Translated]:
+    def translated(split: speech.Split, number: int) -> list[Translated]:
+        heard = speech.corpus("multi", split, number)
+        return [
+            Translated(Recording(samples=u.samples), u.line.language, u.line.text, u.line.target)
+            for u in heard
+        ]
+
+    return Data(translated("train", count), translated("held-out", held_out))
+
+
+def _noisy(count: int, held_out: int) -> Data[Noisy]:
+    def pairs(split: speech.Split, number: int) -> list[Noisy]:
+        return [
+            Noisy(Recording(samples=noisy), Recording(samples=clean))
+            for noisy, clean in speech.noisy("docs", split, number)
+        ]
+
+    return Data(pairs("train", count), pairs("accent", held_out))
 
 
 def _scenes() -> Data[MaskedScene]:
@@ -77,6 +106,16 @@ SOURCES: dict[str, Source] = {
     ),
     "pycode": Source("texts", lambda: _pycode(1, "pycode"), "source of Python's standard library"),
     "pycode-tenth": Source("texts", lambda: _pycode(10, "pycode-tenth"), "every tenth file of it"),
+    "pycode": Source("texts", lambda: _pycode(1), "source of Python's standard library"),
+    "pycode-tenth": Source("texts", lambda: _pycode(10), "every tenth file of it"),
+    "noisy": Source("noisy", lambda: _noisy(400, 24), "speech in white, pink, brown noise and hum"),
+    "noisy-few": Source("noisy", lambda: _noisy(40, 4), "a tenth of it"),
+    "speech-numbers": Source("spoken", lambda: _spoken("numbers"), "spoken numbers, in words"),
+    "speech-dates": Source("spoken", lambda: _spoken("dates"), "spoken dates and their ISO form"),
+    "speech-sentences": Source("spoken", lambda: _spoken("sentences"), "sentences of 36 words"),
+    "speech-few": Source("spoken", lambda: _spoken("sentences", 60, 20), "a few of them"),
+    "speech-multi": Source("translated", lambda: _multi(3000, 200), "days in three languages"),
+    "speech-multi-few": Source("translated", lambda: _multi(60, 20), "a few of them"),
 }
 """The data sets by name."""
 
@@ -111,4 +150,4 @@ def data(names: str | Sequence[str], kind: str, *, skip_bad: int = 0) -> Data[An
             f"{names[0]} holds {source.kind}, and {kind} are read here: "
             f"{', '.join(fitting) or 'give files'}"
         )
-    return source.make()
+    return replace(source.make(), name=names[0])

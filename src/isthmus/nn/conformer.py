@@ -1,0 +1,402 @@
+"""Conformer encoders: attention for what is far, convolution for what is near.
+
+::
+
+    [B, M, F] ─▶ subsample x8 ─▶ blocks ─▶ [B, T, D]
+
+    FastConformer:  x + FF/2 ─▶ + attention ─▶ + convolution ─▶ + FF/2 ─▶ norm
+    E-Branchformer: x + FF/2 ─▶ + merge(attention, gated convolution) ─▶ + FF/2 ─▶ norm
+
+After Gulati et al., 2020 (arXiv 2005.08100), Rekesh et al., "Fast Conformer", 2023 (arXiv
+2305.05084) and Kim et al., "E-Branchformer", 2022 (arXiv 2210.00077). Parameters are named as in
+transformers' ``ParakeetEncoder``, whose weights load by :func:`from_parakeet`. Frames beyond the
+length of a row change nothing within it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from isthmus.errors import InvalidInputError, UnknownNameError
+from isthmus.nn.feed_forward import FeedForward
+
+Norm = Literal["layer", "batch"]
+Between = Callable[[int, torch.Tensor], torch.Tensor]
+"""Changes the state [B, T, D] that leaves a block, given its number from 1 on."""
+
+
+def valid_mask(lengths: torch.Tensor, size: int) -> torch.Tensor:
+    """True within each row's length, bool [B, size].
+
+    Example:
+        >>> valid_mask(torch.tensor([1, 2]), 2).tolist()
+        [[True, False], [True, True]]
+    """
+    return torch.arange(size, device=lengths.device) < lengths[:, None]
+
+
+def relative_positions(length: int, width: int, like: torch.Tensor) -> torch.Tensor:
+    """Sinusoids of the distances T - 1 to 1 - T, sines and cosines in turn, [2 T - 1, D]."""
+    distance = torch.arange(length - 1, -length, -1, device=like.device, dtype=torch.float32)
+    rates = torch.arange(0, width, 2, device=like.device, dtype=torch.float32)
+    angle = distance[:, None] / 10000 ** (rates / width)
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1).to(like.dtype)
+
+
+class RelativeAttention(nn.Module):
+    """Self-attention with the relative positions of Transformer-XL.
+
+    Args:
+        width: D.
+        heads: H.
+        dropout: On the weights.
+    """
+
+    def __init__(self, width: int, heads: int, dropout: float = 0.1) -> None:
+        super().__init__()
+        if width % heads:
+            raise InvalidInputError(f"{heads} heads do not divide a width of {width}")
+        self.heads, self.dropout = heads, dropout
+        self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.v_proj, self.o_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.relative_k_proj = nn.Linear(width, width, bias=False)
+        self.bias_u = nn.Parameter(torch.zeros(heads, width // heads))
+        self.bias_v = nn.Parameter(torch.zeros(heads, width // heads))
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            x: [B, T, D].
+            positions: [2 T - 1, D].
+            mask: True where a query may look at a key, bool, broadcast to [B, H, T, T].
+
+        Returns:
+            [B, T, D].
+        """
+        batch, length, width = x.shape
+        q, k, v = (
+            proj(x).view(batch, length, self.heads, -1)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        distance = self.relative_k_proj(positions).view(-1, self.heads, width // self.heads)
+        content = torch.einsum("bqhd,bkhd->bhqk", q + self.bias_u, k)
+        by_distance = torch.einsum("bqhd,rhd->bhqr", q + self.bias_v, distance)
+        scores = (content + shift(by_distance)) * (width // self.heads) ** -0.5
+        weights = scores.masked_fill(~mask, torch.finfo(x.dtype).min).softmax(-1)
+        weights = F.dropout(weights, self.dropout, self.training)
+        y: torch.Tensor = self.o_proj(torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2))
+        return y
+
+
+def shift(scores: torch.Tensor) -> torch.Tensor:
+    """From scores by distance, T - 1 to 1 - T, to scores by key: [..., T, 2 T - 1] to [..., T, T].
+
+    Example:
+        >>> shift(torch.tensor([[1.0, 0.0, -1.0], [1.0, 0.0, -1.0]]))
+        tensor([[ 0., -1.],
+                [ 1.,  0.]])
+    """
+    length = scores.shape[-2]
+    outer, padded = scores.shape[:-2], F.pad(scores, (1, 0))  # each row is one too long now
+    rolled = padded.reshape(*outer, 2 * length, length)[..., 1:, :]
+    return rolled.reshape(*outer, length, 2 * length - 1)[..., :length]
+
+
+class Convolution(nn.Module):
+    """Pointwise, GLU, depthwise, norm, SiLU, pointwise.
+
+    Args:
+        width: D.
+        kernel: Odd.
+        norm: ``layer``, or ``batch`` as published, whose statistics see the padding.
+    """
+
+    def __init__(self, width: int, kernel: int = 9, norm: Norm = "layer") -> None:
+        super().__init__()
+        if kernel % 2 == 0:
+            raise InvalidInputError(f"the kernel is odd, got {kernel}")
+        self.pointwise_conv1 = nn.Conv1d(width, 2 * width, 1)
+        self.depthwise_conv = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=width)
+        self.norm = nn.BatchNorm1d(width) if norm == "batch" else nn.LayerNorm(width)
+        self.pointwise_conv2 = nn.Conv1d(width, width, 1)
+
+    def forward(self, x: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        """[B, T, D] to the same; ``valid`` is bool [B, T]."""
+        h = F.glu(self.pointwise_conv1(x.transpose(1, 2)), 1)
+        h = self.depthwise_conv(h.masked_fill(~valid[:, None], 0.0))
+        if isinstance(self.norm, nn.BatchNorm1d):
+            h = self.norm(h)
+        else:
+            h = self.norm(h.transpose(1, 2)).transpose(1, 2)
+        y: torch.Tensor = self.pointwise_conv2(F.silu(h)).transpose(1, 2)
+        return y
+
+
+class ConformerBlock(nn.Module):
+    """One block of a FastConformer.
+
+    Args:
+        width: D.
+        heads: H.
+        kernel: Of the depthwise convolution.
+        inner: Width within the feed-forwards; 4 D when 0.
+        norm: See :class:`Convolution`.
+        dropout: Behind every part.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        kernel: int = 9,
+        inner: int = 0,
+        norm: Norm = "layer",
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        inner, self.dropout = inner or 4 * width, dropout
+        self.feed_forward1 = FeedForward(width, inner, "silu", dropout=dropout)
+        self.self_attn = RelativeAttention(width, heads, dropout)
+        self.conv = Convolution(width, kernel, norm)
+        self.feed_forward2 = FeedForward(width, inner, "silu", dropout=dropout)
+        self.norm_feed_forward1, self.norm_self_att = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.norm_conv, self.norm_feed_forward2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.norm_out = nn.LayerNorm(width)
+
+    def forward(
+        self, x: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, valid: torch.Tensor
+    ) -> torch.Tensor:
+        """[B, T, D] to the same; see :class:`RelativeAttention` and :class:`Convolution`."""
+
+        def drop(y: torch.Tensor) -> torch.Tensor:
+            return F.dropout(y, self.dropout, self.training)
+
+        x = x + 0.5 * drop(self.feed_forward1(self.norm_feed_forward1(x)))
+        x = x + drop(self.self_attn(self.norm_self_att(x), positions, mask))
+        x = x + drop(self.conv(self.norm_conv(x), valid))
+        x = x + 0.5 * drop(self.feed_forward2(self.norm_feed_forward2(x)))
+        y: torch.Tensor = self.norm_out(x)
+        return y
+
+
+class GatedConvolution(nn.Module):
+    """cgMLP: linear, GELU, one half times the convolved other half, linear.
+
+    Args:
+        width: D.
+        inner: Width within, even.
+        kernel: Odd.
+    """
+
+    def __init__(self, width: int, inner: int, kernel: int = 31) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(width, inner), nn.Linear(inner // 2, width)
+        self.norm = nn.LayerNorm(inner // 2)
+        self.conv = nn.Conv1d(
+            inner // 2, inner // 2, kernel, padding=kernel // 2, groups=inner // 2
+        )
+        nn.init.normal_(self.conv.weight, std=1e-6)
+        nn.init.ones_(self.conv.bias)  # type: ignore[arg-type]  # starts as a gate that is open
+
+    def forward(self, x: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        """[B, T, D] to the same; ``valid`` is bool [B, T]."""
+        kept, gate = F.gelu(self.enter(x)).chunk(2, -1)
+        gate = self.norm(gate).masked_fill(~valid[..., None], 0.0).transpose(1, 2)
+        y: torch.Tensor = self.leave(kept * self.conv(gate).transpose(1, 2))
+        return y
+
+
+class EBranchformerBlock(nn.Module):
+    """One block of an E-Branchformer: attention and gated convolution side by side, then merged.
+
+    Args:
+        width: D.
+        heads: H.
+        kernel: Of the convolutions.
+        inner: Width within feed-forwards and the gated convolution; 4 D when 0.
+        dropout: Behind every part.
+    """
+
+    def __init__(
+        self, width: int, heads: int, kernel: int = 31, inner: int = 0, dropout: float = 0.1
+    ) -> None:
+        super().__init__()
+        inner, self.dropout = inner or 4 * width, dropout
+        self.feed_forward1 = FeedForward(width, inner, "silu", dropout=dropout)
+        self.self_attn = RelativeAttention(width, heads, dropout)
+        self.gated = GatedConvolution(width, inner, kernel)
+        both = 2 * width
+        self.merge_conv = nn.Conv1d(both, both, kernel, padding=kernel // 2, groups=both)
+        self.merge = nn.Linear(both, width)
+        self.feed_forward2 = FeedForward(width, inner, "silu", dropout=dropout)
+        self.norm_feed_forward1, self.norm_self_att = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.norm_gated, self.norm_feed_forward2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.norm_out = nn.LayerNorm(width)
+
+    def forward(
+        self, x: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, valid: torch.Tensor
+    ) -> torch.Tensor:
+        """[B, T, D] to the same; see :class:`RelativeAttention` and :class:`Convolution`."""
+
+        def drop(y: torch.Tensor) -> torch.Tensor:
+            return F.dropout(y, self.dropout, self.training)
+
+        x = x + 0.5 * drop(self.feed_forward1(self.norm_feed_forward1(x)))
+        far = drop(self.self_attn(self.norm_self_att(x), positions, mask))
+        near = drop(self.gated(self.norm_gated(x), valid))
+        both = torch.cat([far, near], -1).masked_fill(~valid[..., None], 0.0)
+        both = both + self.merge_conv(both.transpose(1, 2)).transpose(1, 2)
+        x = x + drop(self.merge(both))
+        x = x + 0.5 * drop(self.feed_forward2(self.norm_feed_forward2(x)))
+        y: torch.Tensor = self.norm_out(x)
+        return y
+
+
+class Subsampling(nn.Module):
+    """Strided convolutions over time and frequency: fewer, wider frames.
+
+    The first is a full one, further ones are depthwise and pointwise.
+
+    Args:
+        mels: M.
+        width: D.
+        factor: 2, 4, 8 ...
+        channels: Of the convolutions.
+    """
+
+    def __init__(self, mels: int, width: int, factor: int = 8, channels: int = 256) -> None:
+        super().__init__()
+        halvings = int(math.log2(factor)) if factor > 1 else 0
+        if 2**halvings != factor or not halvings:
+            raise InvalidInputError(f"subsampling is by 2, 4, 8 ..., got {factor}")
+        layers: list[nn.Module] = [nn.Conv2d(1, channels, 3, 2, 1), nn.ReLU()]
+        for _ in range(halvings - 1):
+            layers += [
+                nn.Conv2d(channels, channels, 3, 2, 1, groups=channels),
+                nn.Conv2d(channels, channels, 1),
+                nn.ReLU(),
+            ]
+        self.layers = nn.ModuleList(layers)
+        for _ in range(halvings):
+            mels = -(-mels // 2)
+        self.linear = nn.Linear(channels * mels, width)
+        self.halvings = halvings
+
+    def lengths(self, frames: torch.Tensor) -> torch.Tensor:
+        """Frames behind the layer."""
+        for _ in range(self.halvings):
+            frames = (frames - 1) // 2 + 1
+        return frames
+
+    def forward(
+        self, features: torch.Tensor, frames: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """From [B, M, F] and valid frames [B] to [B, T, D] and valid frames [B]."""
+        h = features * valid_mask(frames, features.shape[2])[:, None]
+        h = h.transpose(1, 2)[:, None]  # [B, 1, F, M]
+        for layer in self.layers:
+            h = layer(h)
+            if isinstance(layer, nn.Conv2d):
+                if layer.stride[0] == 2:
+                    frames = (frames - 1) // 2 + 1
+                h = h * valid_mask(frames, h.shape[2])[:, None, :, None]
+        return self.linear(h.transpose(1, 2).flatten(2)), frames
+
+
+class Conformer(nn.Module):
+    """Subsampling and blocks.
+
+    Args:
+        mels: M.
+        width: D.
+        depth: Blocks.
+        heads: H.
+        block: ``conformer`` or ``e-branchformer``.
+        kernel: Of the depthwise convolutions.
+        inner: Width within the feed-forwards; 4 D when 0.
+        factor: Of the subsampling.
+        channels: Of the subsampling.
+        norm: ``layer`` or ``batch``, of ``conformer``.
+        dropout: Behind every part.
+        scale_input: Whether what enters the first block is multiplied by sqrt(D), as in NeMo.
+
+    Raises:
+        UnknownNameError: There is no such block.
+        InvalidInputError: Sizes do not fit.
+    """
+
+    def __init__(
+        self,
+        mels: int,
+        width: int,
+        depth: int,
+        heads: int,
+        *,
+        block: str = "conformer",
+        kernel: int = 9,
+        inner: int = 0,
+        factor: int = 8,
+        channels: int = 256,
+        norm: Norm = "layer",
+        dropout: float = 0.1,
+        scale_input: bool = False,
+    ) -> None:
+        super().__init__()
+        if block not in ("conformer", "e-branchformer"):
+            raise UnknownNameError("block", block, ("conformer", "e-branchformer"))
+        self.width, self.dropout = width, dropout
+        self.scale = math.sqrt(width) if scale_input else 1.0
+        self.subsampling = Subsampling(mels, width, factor, channels)
+        self.layers = nn.ModuleList(
+            ConformerBlock(width, heads, kernel, inner, norm, dropout)
+            if block == "conformer"
+            else EBranchformerBlock(width, heads, kernel, inner, dropout)
+            for _ in range(depth)
+        )
+
+    def forward(
+        self,
+        features: torch.Tensor,
+        frames: torch.Tensor,
+        *,
+        prefix: torch.Tensor | None = None,
+        between: Between | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encode.
+
+        Args:
+            features: [B, M, F].
+            frames: Valid frames [B].
+            prefix: States [B, P, D] that precede the frames.
+            between: Called with the number and the state of every block.
+
+        Returns:
+            States [B, P + T, D] and how many of each row are valid [B].
+        """
+        x, lengths = self.subsampling(features, frames)
+        if prefix is not None:
+            x, lengths = torch.cat([prefix, x], 1), lengths + prefix.shape[1]
+        x = F.dropout(x * self.scale, self.dropout, self.training)
+        positions = relative_positions(x.shape[1], self.width, x)
+        valid = valid_mask(lengths, x.shape[1])
+        mask = valid[:, None, None] & valid[:, None, :, None]
+        for number, layer in enumerate(self.layers, 1):
+            x = layer(x, positions, mask, valid)
+            if between is not None:
+                x = between(number, x)
+        return x, lengths
+
+
+def from_parakeet(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of transformers' ``ParakeetEncoder`` under the names they have here."""
+    return {
+        name.replace(".linear1.", ".in_proj.").replace(".linear2.", ".out_proj."): value
+        for name, value in weights.items()
+    }

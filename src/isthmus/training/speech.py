@@ -1,0 +1,186 @@
+"""What recognisers learn from: spoken records as batches of features and characters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from isthmus.errors import InvalidInputError
+from isthmus.nn.spec_augment import SpecAugment
+from isthmus.signals.features import RATE, LogMel
+from isthmus.training.buckets import Buckets2D, BucketSampler, padding
+from isthmus.training.data import Spoken, Translated
+
+
+@dataclass(frozen=True)
+class Characters:
+    """A vocabulary of characters; token 0 is the blank of CTC.
+
+    Attributes:
+        characters: In order; the first is token 1.
+
+    Example:
+        >>> letters = Characters.of(["see", "sea"])
+        >>> letters.encode("sea").tolist(), letters.decode([2, 1])
+        ([3, 2, 1], 'ea')
+    """
+
+    characters: str
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> Characters:
+        """All characters of some texts."""
+        return cls("".join(sorted(set("".join(texts)))))
+
+    def __len__(self) -> int:
+        """Tokens, the blank included."""
+        return len(self.characters) + 1
+
+    def encode(self, text: str) -> torch.Tensor:
+        """Tokens int64 [U].
+
+        Raises:
+            InvalidInputError: A character was not in the training data.
+        """
+        missing = sorted(set(text) - set(self.characters))
+        if missing:
+            raise InvalidInputError(
+                f"{text!r} has {missing[0]!r}, which the training data does not have; leave it out"
+            )
+        return torch.tensor([self.characters.index(c) + 1 for c in text], dtype=torch.int64)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of some tokens."""
+        return "".join(self.characters[token - 1] for token in tokens)
+
+
+@dataclass(frozen=True)
+class Words:
+    """A closed vocabulary of words; token 0 is the blank of CTC.
+
+    Attributes:
+        words: In order; the first is token 1.
+
+    Example:
+        >>> words = Words.of(["a cat", "a dog"])
+        >>> words.encode("dog cat").tolist(), words.decode([1, 3])
+        ([3, 2], 'a dog')
+    """
+
+    words: tuple[str, ...]
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> Words:
+        """All words of some texts."""
+        return cls(tuple(sorted({word for text in texts for word in text.split()})))
+
+    def __len__(self) -> int:
+        """Tokens, the blank included."""
+        return len(self.words) + 1
+
+    def encode(self, text: str) -> torch.Tensor:
+        """Tokens int64 [U].
+
+        Raises:
+            InvalidInputError: A word was not in the training data.
+        """
+        number = {word: index for index, word in enumerate(self.words, 1)}
+        missing = [word for word in text.split() if word not in number]
+        if missing:
+            raise InvalidInputError(
+                f"{text!r} has {missing[0]!r}, which the training data does not have; leave it out"
+            )
+        return torch.tensor([number[word] for word in text.split()], dtype=torch.int64)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of some tokens."""
+        return " ".join(self.words[token - 1] for token in tokens)
+
+
+class SpokenBatch(NamedTuple):
+    """Spoken records, padded.
+
+    Attributes:
+        features: [B, M, F].
+        frames: Valid frames [B].
+        targets: int64 [B, U].
+        target_lengths: [B].
+        rows: Number of each record.
+    """
+
+    features: torch.Tensor
+    frames: torch.Tensor
+    targets: torch.Tensor
+    target_lengths: torch.Tensor
+    rows: tuple[int, ...]
+
+
+def features_of(mel: LogMel, sounds: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features [B, M, F] and valid frames [B] of sounds [N] at 16 kHz."""
+    lengths = torch.tensor([len(sound) for sound in sounds])
+    return mel(pad_sequence(list(sounds), True), lengths)
+
+
+class SpokenBatches:
+    """Batches of records of like lengths, epoch after epoch.
+
+    Args:
+        records: Sounds and texts.
+        letters: Their vocabulary.
+        mel: Makes the features.
+        size: Records of a batch.
+        seed: Seed of the order and of SpecAugment.
+        augment: Masks the features of training batches.
+        parts: Buckets by duration.
+
+    Attributes:
+        padding: Share of the sound of an epoch that is padding.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Spoken | Translated],
+        letters: Characters | Words,
+        mel: LogMel,
+        size: int,
+        *,
+        seed: int = 0,
+        augment: SpecAugment | None = None,
+        parts: int = 6,
+    ) -> None:
+        self.records, self.letters, self.mel = list(records), letters, mel
+        self.augment, self.seed, self.size = augment, seed, size
+        self.targets = [letters.encode(record.text) for record in self.records]
+        seconds = np.array([record.sound.duration_s for record in self.records])
+        buckets = Buckets2D.estimate(seconds, [len(t) for t in self.targets], parts, 1)
+        bucket = buckets.assign(seconds, [len(t) for t in self.targets], strict=False)
+        self.sampler = BucketSampler(bucket, [size] * len(buckets.bounds), seed)
+        epoch = [self.sampler.rows(part) for part in range(self.sampler.parts)]
+        self.padding = padding(seconds, epoch)
+        self.order = np.argsort(seconds, kind="stable")
+
+    def batch(self, part: int) -> SpokenBatch:
+        """The batch of that number, masked by SpecAugment."""
+        found = self.of(self.sampler.rows(part).tolist())
+        if self.augment is None:
+            return found
+        generator = torch.Generator().manual_seed(self.seed << 32 | part)
+        features = self.augment(found.features, found.frames, generator)
+        return found._replace(features=features)
+
+    def once(self) -> Iterable[SpokenBatch]:
+        """Every record once, short ones first, not masked."""
+        for start in range(0, len(self.order), self.size):
+            yield self.of(self.order[start : start + self.size].tolist())
+
+    def of(self, rows: Sequence[int]) -> SpokenBatch:
+        """A batch of these records."""
+        features, frames = features_of(self.mel, [self.records[r].sound.at(RATE) for r in rows])
+        targets = [self.targets[r] for r in rows]
+        lengths = torch.tensor([len(t) for t in targets])
+        return SpokenBatch(features, frames, pad_sequence(targets, True), lengths, tuple(rows))
