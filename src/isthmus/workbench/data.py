@@ -76,16 +76,13 @@ def _noisy(count: int, held_out: int) -> Data[Noisy]:
 
 
 def _scenes() -> Data[MaskedScene]:
-    return Data(
-        masked_scenes(40_000, "train"), masked_scenes(200, "held-out"), "workbench:scene-masks"
-    )
+    return Data(masked_scenes(40_000, "train"), masked_scenes(200, "held-out"))
 
 
 def _named_scenes() -> Data[MaskedScene]:
     return Data(
         masked_scenes(20_000, "train", NAMED),
         masked_scenes(500, "held-out", NAMED),
-        "workbench:named-scenes",
     )
 
 
@@ -93,7 +90,7 @@ def _docstrings() -> Data[Pair]:
     train = codesearch.pairs("train")
     known = set(train)
     valid = [p for p in codesearch.pairs("dev") if p not in known]
-    return Data(train, valid, "workbench:docstrings")
+    return Data(train, valid)
 
 
 SOURCES: dict[str, Source] = {
@@ -104,8 +101,6 @@ SOURCES: dict[str, Source] = {
     "docstrings": Source(
         "pairs", _docstrings, "first paragraphs of docstrings, and the text or code that follows"
     ),
-    "pycode": Source("texts", lambda: _pycode(1, "pycode"), "source of Python's standard library"),
-    "pycode-tenth": Source("texts", lambda: _pycode(10, "pycode-tenth"), "every tenth file of it"),
     "pycode": Source("texts", lambda: _pycode(1), "source of Python's standard library"),
     "pycode-tenth": Source("texts", lambda: _pycode(10), "every tenth file of it"),
     "noisy": Source("noisy", lambda: _noisy(400, 24), "speech in white, pink, brown noise and hum"),

@@ -134,4 +134,4 @@ def pairs(count: int, *, held_out: bool = False, seed: int | str = 0) -> list[Pa
 
 def data() -> Data[Pair]:
     """Pairs to learn from and held-out ones."""
-    return Data(pairs(20_000), pairs(500, held_out=True), "workbench:numbers")
+    return Data(pairs(20_000), pairs(500, held_out=True))

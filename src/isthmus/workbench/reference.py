@@ -242,11 +242,11 @@ def fingerprint(recipe: Recipe) -> str:
     return state.hexdigest()[:12]
 
 
-def reference(name: str, progress: bool = True) -> Path:
+def reference(name: str | Recipe, progress: bool = True) -> Path:
     """Return the folder of a reference model, training it first if need be.
 
     Args:
-        name: A name in `NAMES`.
+        name: A name in `NAMES`, or a recipe of a claim's own.
         progress: Show a progress bar while training, if standard error is a terminal.
 
     Returns:
@@ -260,15 +260,16 @@ def reference(name: str, progress: bool = True) -> Path:
         IsthmusError: This interpreter has no standard-library source to train on.
         KeyboardInterrupt: Training was interrupted; the next call goes on from there.
     """
-    if name not in NAMES:
-        raise UnknownNameError("reference model", name, NAMES)
-    if name in GROWTHS:
-        growth = GROWTHS[name]
-        return grown(growth, reference(growth.base, progress))
-    recipe = RECIPES[name]
-    if _is_complete(EMBEDDED / name, recipe):
-        return EMBEDDED / name
-    folder = cache_folder() / "reference" / f"{name}-{fingerprint(recipe)}"
+    if isinstance(name, str):
+        if name not in NAMES:
+            raise UnknownNameError("reference model", name, NAMES)
+        if name in GROWTHS:
+            growth = GROWTHS[name]
+            return grown(growth, reference(growth.base, progress))
+    recipe = RECIPES[name] if isinstance(name, str) else name
+    if _is_complete(EMBEDDED / recipe.name, recipe):
+        return EMBEDDED / recipe.name
+    folder = cache_folder() / "reference" / f"{recipe.name}-{fingerprint(recipe)}"
     if not _is_complete(folder, recipe):
         train(recipe, folder, progress=progress)
     return folder
