@@ -20,7 +20,7 @@ from isthmus.folders import kept, published
 from isthmus.roles import Loss
 from isthmus.training.loop import Plan, Trainer
 
-FRAMES, SIDE, NOISE = 8, 16, 0.6
+FRAMES, SIDE, NOISE = 8, 16, 0.25
 SHAPES = ("square", "cross", "ring", "bar")
 SIZES = ("small", "large")
 LIGHTS = ("dim", "bright")
@@ -297,7 +297,7 @@ class Recipe:
     encoder: str
     seed: int = 0
     clips: int = 4_000
-    steps: int = 500
+    steps: int = 700
     batch_size: int = 64
 
 
