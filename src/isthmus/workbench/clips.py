@@ -1,7 +1,7 @@
 """The `clips` data set: a shape moves through eight noisy frames, and people say so in five ways.
 
-Six captioners of unlike encoders err in unlike places: one that averages frames cannot see which
-way the shape goes, one that looks at differences hardly sees what it is.
+Six captioners of unlike encoders err in unlike places: one that looks at single frames hardly sees
+which way the shape goes, one that looks at differences hardly sees what it is.
 """
 
 from __future__ import annotations
@@ -101,30 +101,37 @@ def ids(captions: Sequence[Sequence[str]]) -> torch.Tensor:
 
 
 class _Frames(nn.Module):
-    """Each frame by itself: [B, FRAMES, SIDE, SIDE] to [B, FRAMES, D]."""
+    """Each frame by itself: [B, T, SIDE, SIDE], or [B, T, channels, SIDE, SIDE], to [B, T, D]."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, channels: int = 1) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Conv2d(1, 12, 3, 2, 1), nn.ReLU(), nn.Conv2d(12, 24, 3, 2, 1), nn.ReLU()
+            nn.Conv2d(channels, 12, 3, 2, 1), nn.ReLU(), nn.Conv2d(12, 24, 3, 2, 1), nn.ReLU()
         )
         self.out = nn.Linear(24 * (SIDE // 4) ** 2, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        found = self.layers(x.flatten(0, 1)[:, None]).flatten(1)
+        if x.ndim == 4:
+            x = x[:, :, None]
+        found = self.layers(x.flatten(0, 1)).flatten(1)
         out: torch.Tensor = self.out(found).view(len(x), x.shape[1], -1)
         return out
 
 
+def _pairs(x: torch.Tensor) -> torch.Tensor:
+    """Frames four apart as two channels, [B, FRAMES - 4, 2, SIDE, SIDE]."""
+    return torch.stack([x[:, :-4], x[:, 4:]], 2)
+
+
 class _Mean(nn.Module):
-    """The mean of the frames, seen one by one."""
+    """The mean of pairs of frames, seen one by one."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.frames = _Frames(width)
+        self.frames = _Frames(width, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.frames(x).relu().mean(1)
+        out: torch.Tensor = self.frames(_pairs(x)).relu().mean(1)
         return out
 
 
@@ -142,15 +149,16 @@ class _Temporal(nn.Module):
 
 
 class _Recurrent(nn.Module):
-    """A gated unit along time."""
+    """A gated unit along pairs of frames."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.frames = _Frames(width)
+        self.frames = _Frames(width, 2)
         self.unit = nn.GRU(width, width, batch_first=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.unit(self.frames(x).relu())[1][0]
+        seen = self.frames(_pairs(x)).relu()
+        out: torch.Tensor = (seen + self.unit(seen)[0]).mean(1)
         return out
 
 
