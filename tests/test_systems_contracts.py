@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,12 +16,15 @@ from isthmus.decoding.table import TableTarget
 from isthmus.decoding.trained import TrainedDrafter
 from isthmus.errors import UnsupportedModelError
 from isthmus.roles import Shape
+from isthmus.training.system import TrainedSystem
+from isthmus.workbench.data import data
 
 sys.path.insert(0, str(Path(__file__).parent / "decoding"))
 import tiny
 
 SYSTEMS = [info.slug for info in registry.systems()]
 TRAINED = [slug for slug in SYSTEMS if issubclass(registry.load(slug), TrainedDrafter)]
+WHOLE = [slug for slug in SYSTEMS if issubclass(registry.load(slug), TrainedSystem)]
 
 #: A trained drafter must keep the contract on two of these; the first has an encoder. Each system's
 #: own tests compare its output on the others.
@@ -44,7 +48,7 @@ def make(system: Any) -> Any:
     return system()
 
 
-@pytest.mark.parametrize("slug", [slug for slug in SYSTEMS if slug not in TRAINED])
+@pytest.mark.parametrize("slug", [s for s in SYSTEMS if s not in (*TRAINED, *WHOLE)])
 def test_contract(slug: str) -> None:
     system: Any = registry.load(slug)
     role = getattr(system, "role", None)
@@ -78,6 +82,14 @@ def test_contract_of_a_trained_drafter(slug: str) -> None:
         if len(kept) == ENOUGH:
             break
     assert len(kept) >= ENOUGH, f"{slug} works on {kept} only"
+
+
+@pytest.mark.parametrize("slug", WHOLE)
+def test_contract_of_a_trained_system(slug: str) -> None:
+    system: Any = registry.load(slug)
+    records = data(system.scales["test"].data, system.reads)
+    few = replace(records, train=records.train[:60], valid=records.valid[:20])
+    testing.check_trained(system, few)
 
 
 @pytest.mark.parametrize("slug", TRAINED)

@@ -148,8 +148,8 @@ def test_train_then_generate(
     (tmp_path / "data.txt").write_text("def add(a, b):\n    return a + b\n" * 60)
     out = tmp_path / "drafter"
     words = ["train", "eagle", "--target", str(folder), "--data", str(tmp_path / "data.txt")]
-    words += ["--out", str(out), "--set", "nodes=6", "--steps", "4", "--batch-size", "2"]
-    words += ["--sequence-length", "24", "--validate-every", "2", "--json"]
+    words += ["--out", str(out), "--set", "nodes=6", "--steps", "4", "--plan", "batch_size=2"]
+    words += ["--plan", "sequence_length=24", "--plan", "validate_every=2", "--json"]
     assert main(words) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["system"] == "eagle" and [c[0] for c in record["curve"]] == [2, 4]
@@ -167,7 +167,7 @@ def test_train_then_generate(
     ("words", "message"),
     [
         (["train", "egle", "--out", "x"], "did you mean 'eagle'"),
-        (["train", "token-recycling", "--out", "x"], "unknown trained drafter"),
+        (["train", "token-recycling", "--out", "x"], "unknown system that is trained"),
         (["train", "eagle", "--out", "x", "--set", "nodse=1"], "no setting 'nodse'"),
         (["train", "eagle", "--out", "x", "--set", "nodes"], "name=value"),
         (["train", "eagle", "--out", "x", "--steps", "0"], "must be positive"),
@@ -200,7 +200,7 @@ def test_a_target_that_cannot_be_trained_for_is_refused(
     for target, more, message in [
         (pair, [], "an encoder-decoder needs a source"),
         (endless, [], "no end-of-text token"),
-        (folder, ["--sequence-length", "300"], "longer than the target's context of 256"),
+        (folder, ["--plan", "sequence_length=300"], "longer than the target's context of 256"),
     ]:
         assert main([*words, str(target), *data, *more]) == 2
         error = capsys.readouterr().err
@@ -214,7 +214,8 @@ def test_ctrl_c_keeps_the_run(
     (tmp_path / "data.txt").write_text("x = 1\n" * 400)
     out = tmp_path / "drafter"
     words = ["train", "eagle", "--target", str(folder), "--data", str(tmp_path / "data.txt")]
-    words += ["--out", str(out), "--steps", "6", "--batch-size", "2", "--sequence-length", "24"]
+    words += ["--out", str(out), "--steps", "6", "--plan", "batch_size=2"]
+    words += ["--plan", "sequence_length=24"]
     step = DraftTraining._take_step
 
     def stop(self: DraftTraining) -> None:

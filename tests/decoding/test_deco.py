@@ -10,7 +10,7 @@ from isthmus.decoding.law import Law
 from isthmus.decoding.tree import TokenTree, chain_topology
 from isthmus.errors import InvalidInputError
 from isthmus.roles import Context, Features, Reshape
-from isthmus.systems.decoding.deco import Deco, Hallucination, Settings, claim
+from isthmus.systems.decoding.deco import Deco, Settings, claim
 from isthmus.workbench import captions
 
 
@@ -93,8 +93,8 @@ def test_bad_settings_are_refused(settings, words):
 
 def test_hallucination_by_hand():
     scenes = [captions.Scene((0, 3), (0, -1, 3, -1, -1)), captions.Scene((4,), (4,) + (-1,) * 4)]
-    found = Hallucination.of(scenes, [[2, 3, 5, 0], [6, 0]])  # names 0, 1, 3 and 4
-    assert found == Hallucination(1 / 4, 1 / 2, 1.0)
+    found = captions.Hallucination.of(scenes, [[2, 3, 5, 0], [6, 0]])  # names 0, 1, 3 and 4
+    assert found == captions.Hallucination(1 / 4, 1 / 2, 1.0)
 
 
 def test_scenes_have_the_habit_and_counterfactual_ones_break_it():

@@ -44,7 +44,7 @@ def tokens(answers):
 
 
 def test_every_strategy_is_of_one_kind():
-    assert set(SOLE) == {"beam", "diverse-beam", "stochastic-beam"}
+    assert set(SOLE) == {"beam", "diverse-beam", "stochastic-beam", "mbr"}
     assert {"sample", "top-k", "top-p", "min-p", "top-h", "typical", "mirostat"} <= set(SAMPLED)
     assert {"greedy", "contrastive-search", "dola", "fsd", "fsd-vec"} <= set(CHOSEN)
 

@@ -19,7 +19,6 @@ from isthmus.decoding.trained import (
     Batch,
     Fresh,
     TrainedDrafter,
-    settings_from,
     target_fingerprint,
 )
 from isthmus.errors import BrokenFileError, InvalidInputError, MismatchError
@@ -211,12 +210,3 @@ def test_a_damaged_drafter_is_refused_by_name(tmp_path: Path, fault: str) -> Non
         config.write_text(json.dumps(values))
     with pytest.raises(BrokenFileError, match=r"d[/ ]"):
         Echo.from_pretrained(folder, tiny.target("Llama", "float64"))
-
-
-def test_settings_from_words() -> None:
-    made = settings_from(Settings, {"gain": "0.5", "widths": "[4, 4]", "on": "false"})
-    assert made == Settings(0.5, (4, 4), False)
-    with pytest.raises(InvalidInputError, match="no setting 'gian'"):
-        settings_from(Settings, {"gian": "1"})
-    with pytest.raises(InvalidInputError, match="on takes values like True"):
-        settings_from(Settings, {"on": "perhaps"})

@@ -37,7 +37,16 @@ app.command(
     name="strategies",
     help="List the decoding strategies, their settings, and whether drafts go with them.",
 )
-app.command("isthmus.cli.train:train", name="train", help="Train a drafter for a model of yours.")
+app.command(
+    "isthmus.cli.train:train",
+    name="train",
+    help="Train a system on your data, or a drafter for your model.",
+)
+app.command(
+    "isthmus.cli.run:run",
+    name="run",
+    help="Run a trained system: a text, a sound or a picture in, what it makes of it out.",
+)
 app.command(
     "isthmus.cli.train:export",
     name="export",
@@ -51,6 +60,15 @@ app.command(
 )
 app.command(
     "isthmus.cli.claim:claim", name="claim", help="Measure again what the papers of systems claim."
+)
+app.command("isthmus.cli.retrieval:embed", name="embed", help="Make vectors of texts.")
+app.command(
+    "isthmus.cli.retrieval:index",
+    name="index",
+    help="Make documents searchable, by words and, with a model, by meaning.",
+)
+app.command(
+    "isthmus.cli.retrieval:search", name="search", help="Find documents that answer a query."
 )
 bench = App(name="bench", help="Compare methods side by side, interleaved in one run.")
 bench.command(

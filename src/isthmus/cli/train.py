@@ -1,16 +1,20 @@
-"""``isthmus train`` and ``isthmus export``: drafters of one's own model."""
+"""``isthmus train`` and ``isthmus export``: systems for your data, drafters for your model."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from isthmus.cli.output import console, print_json, quiet_transformers
-from isthmus.errors import InvalidInputError, UnknownNameError
+from isthmus.errors import InvalidInputError, MissingExtraError, UnknownNameError
 
 WORKBENCH = "workbench"
+
+Words = Annotated[tuple[str, ...], Parameter(negative="")]
 
 
 def train(
@@ -18,65 +22,168 @@ def train(
     /,
     *,
     out: Annotated[Path, Parameter(name=["--out", "-o"])],
+    data: Words = (),
+    scale: Literal["test", "small", "paper"] = "small",
+    settings: Annotated[Words, Parameter(name="--set")] = (),
+    plan: Words = (),
+    skip_bad: int = 0,
     target: str = "",
-    data: tuple[str, ...] = (WORKBENCH,),
-    steps: int = 600,
-    batch_size: int = 12,
-    sequence_length: int = 96,
-    learning_rate: float = 2e-3,
-    validate_every: int = 200,
-    settings: Annotated[tuple[str, ...], Parameter(name="--set", negative="")] = (),
-    seed: int = 0,
+    steps: int | None = None,
+    learning_rate: float | None = None,
+    seed: int | None = None,
     device: str = "auto",
+    devices: int = 1,
+    nodes: int = 1,
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto",
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
-    """Train a drafter for a model; the model itself stays as it is.
+    """Train a system on your data, or a drafter for your model.
 
-    An interrupted run (Ctrl-C) is saved beside the folder and goes on at the exact step when the
-    same command is given again. The best weights by validation acceptance length are kept.
+    An interrupted run (Ctrl-C, even kill -9) goes on when the same command is given again. The
+    weights that did best on held-out data are kept.
 
     Args:
-        slug: A system whose drafter is trained, such as eagle or medusa.
-        out: Folder to write; an older drafter there is replaced at the end.
-        target: Folder or hub id of the model to draft for, or a reference model; default the
-            embedded one.
-        data: Text files, .jsonl files with a field "text", folders of them, or workbench (source
-            of Python's standard library). A share of the texts is held out for validation.
-        steps: Optimiser steps.
-        batch_size: Texts a step.
-        sequence_length: Tokens of a text.
-        learning_rate: Peak learning rate.
-        validate_every: Steps between validations.
+        slug: A system that is trained, such as marian or eagle (list: isthmus systems).
+        out: Folder to write; an older system there is replaced at the end. Metrics go beside it.
+        data: Files or folders of your own, hub:OWNER/NAME, or workbench:NAME; default what the
+            scale says. A share is held out.
+        scale: test (seconds), small (minutes on two cores), or paper (the published settings).
         settings: Settings of the system, as name=value; may be given several times.
+        plan: Settings of the training, as name=value: precision, ema, validate_every; a
+            drafter's are batch_size, sequence_length ...
+        skip_bad: Records that may be left out because they cannot be used.
+        target: Drafters: folder or hub id of the model to draft for; default the embedded one.
+        steps: The same as --plan steps=...; so are the next two.
+        learning_rate: Peak learning rate.
         seed: Seed of weights, data order and noise.
         device: auto, cpu, cuda ...
+        devices: Processes on this machine.
+        nodes: Machines; start each with torchrun.
+        strategy: ddp, or fsdp, which shards the weights.
         json: Print one JSON object and nothing else on standard output.
     """
     quiet_transformers()
-    import torch
-
     from isthmus import registry
-    from isthmus.api import load
-    from isthmus.decoding.trained import TrainedDrafter, check_replaceable, settings_from
-    from isthmus.training.drafting import DraftTraining, Progress, Recipe
+    from isthmus.decoding.trained import TrainedDrafter
+    from isthmus.settings import pairs
+    from isthmus.training.system import TrainedSystem
 
     system: Any = registry.load(slug)
-    if not issubclass(system, TrainedDrafter):
-        trained = [
-            info.slug
-            for info in registry.systems("speculative")
-            if issubclass(registry.load(info.slug), TrainedDrafter)
-        ]
-        raise UnknownNameError("trained drafter", slug, trained)
-    recipe = Recipe(
-        steps=steps,
-        batch_size=batch_size,
-        sequence_length=sequence_length,
-        learning_rate=learning_rate,
-        validate_every=validate_every,
-        seed=seed,
+    told, planned = pairs(settings), pairs(plan, "--plan")
+    short = {"steps": steps, "learning_rate": learning_rate, "seed": seed}
+    planned |= {name: str(value) for name, value in short.items() if value is not None}
+    if issubclass(system, TrainedSystem):
+        if target:
+            raise InvalidInputError(f"{slug} is no drafter; leave --target out")
+        placed = {"accelerator": device, "devices": devices, "nodes": nodes, "strategy": strategy}
+        return _system(system, out, data, scale, told, planned, skip_bad, placed, json)
+    if issubclass(system, TrainedDrafter):
+        return _drafter(system, out, data or (WORKBENCH,), target, told, planned, device, json)
+    kinds = (TrainedSystem, TrainedDrafter)
+    known = [i.slug for i in registry.systems() if issubclass(registry.load(i.slug), kinds)]
+    raise UnknownNameError("system that is trained", slug, known)
+
+
+def _system(
+    system: Any,
+    out: Path,
+    data: tuple[str, ...],
+    scale: str,
+    told: dict[str, str],
+    planned: dict[str, str],
+    skip_bad: int,
+    placed: dict[str, Any],
+    json: bool,
+) -> int:
+    """Train a system on data."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    from isthmus.settings import changed
+    from isthmus.training.loop import Progress
+    from isthmus.training.plot import plot
+    from isthmus.training.system import metrics_file, train
+    from isthmus.workbench.data import data as named_data
+    from isthmus.workbench.trained import scale_of
+
+    chosen = scale_of(system, scale)
+    settings = changed(chosen.settings, told, system.name)
+    plan = changed(chosen.plan, planned, "--plan")
+    records = named_data(data or chosen.data, system.reads, skip_bad=skip_bad)
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    screen = console(stderr=True)
+    if first:
+        for line in records.left_out:
+            screen.print(f"left out: {line}")
+        screen.print(
+            f"{system.name} on {records.name}: {len(records.train)} records to learn from, "
+            f"{len(records.valid)} held out, {plan.steps} steps"
+        )
+    columns = ("{task.description}", "{task.fields[loss]}")
+    bar = Bar(
+        TextColumn(columns[0]),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(columns[1]),
+        TimeRemainingColumn(),
+        console=screen,
+        disable=not first or not screen.is_terminal,
     )
-    chosen = settings_from(system.settings_type, _pairs(settings))
+    with bar:
+        task = bar.add_task(system.name, total=plan.steps, loss="")
+
+        def report(now: Progress) -> None:
+            bar.update(task, completed=now.step, loss=f"loss {now.loss:.4f}")
+            if now.validation is not None:
+                said = ", ".join(f"{k} {v:.4g}" for k, v in now.validation.items())
+                screen.print(f"step {now.step}: loss {now.loss:.4f}, {said}, {now.seconds:.0f} s")
+
+        try:
+            made = train(system, records, settings, plan, out=out, report=report, **placed)
+        except KeyboardInterrupt:
+            if first:
+                screen.print("interrupted; give the same command again to go on")
+            raise
+    if not first:
+        return 0
+    with contextlib.suppress(MissingExtraError):
+        plot(metrics_file(out), out.with_name(f"{out.name}.metrics.png"))
+    parameters = sum(p.numel() for p in made.module.parameters())
+    if json:
+        print_json(
+            {"system": system.name, "out": str(out), "parameters": parameters, **made.record}
+        )
+        return 0
+    best = next(c for c in made.record["validation"] if c["step"] == made.record["best_step"])
+    said = ", ".join(f"{k} {v:.4g}" for k, v in best.items() if k != "step")
+    console().print(
+        f"{system.name}: {parameters / 1e6:.2f} M parameters, {said} at step {best['step']}; "
+        f"written to {out}\nuse it: isthmus run {out} INPUT"
+    )
+    return 0
+
+
+def _drafter(
+    system: Any,
+    out: Path,
+    data: tuple[str, ...],
+    target: str,
+    told: dict[str, str],
+    planned: dict[str, str],
+    device: str,
+    json: bool,
+) -> int:
+    """Train a drafter for a model; the model itself stays as it is."""
+    import torch
+
+    from isthmus.api import load
+    from isthmus.decoding.trained import check_replaceable
+    from isthmus.settings import changed
+    from isthmus.training.drafting import DraftTraining, Progress, Recipe
+
+    slug = system.name
+    recipe = changed(Recipe(), planned, "--plan")
+    chosen = changed(system.settings_type(), told, slug)
     check_replaceable(out)
     model = load(target, dtype="float32", device=device)
     if model.target.encoder_decoder:
@@ -84,9 +191,9 @@ def train(
             "drafters are trained on plain texts, and an encoder-decoder needs a source for each; "
             "give a decoder-only target"
         )
-    torch.manual_seed(seed)
+    torch.manual_seed(recipe.seed)
     drafter = system(model.target, chosen).to(model.target.device)
-    texts, held_out = _texts(model.tokenizer, data, sequence_length)
+    texts, held_out = _texts(model.tokenizer, data, recipe.sequence_length)
     state = out.with_name(f"{out.name}.unfinished.safetensors")
     run = DraftTraining(drafter, texts, held_out, recipe, state)
     screen = console(stderr=True)
@@ -155,16 +262,6 @@ def export(
     for path in sorted(out.iterdir()):
         console().print(f"{path}  {path.stat().st_size:,} bytes")
     return 0
-
-
-def _pairs(settings: tuple[str, ...]) -> dict[str, str]:
-    pairs = {}
-    for each in settings:
-        name, equals, value = each.partition("=")
-        if not equals or not name:
-            raise InvalidInputError(f"--set takes name=value, got {each!r}")
-        pairs[name] = value
-    return pairs
 
 
 def _texts(tokenizer: Any, data: tuple[str, ...], length: int) -> tuple[Any, Any]:

@@ -161,6 +161,7 @@ def _transformers_generate(
                 generator=generator,
                 inputs=inputs,
                 renormalize=pieces.renormalize,
+                rerank=pieces.rerank,
             )
         ]
         return _padded(input_ids, new, config)

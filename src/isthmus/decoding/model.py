@@ -628,6 +628,7 @@ class Model:
             generator=self._generator(seed),
             inputs=inputs,
             renormalize=pieces.renormalize,
+            rerank=pieces.rerank,
         )
         for request, hypotheses in zip(requests, found, strict=True):
             result, best = request.result, hypotheses[0]

@@ -23,7 +23,7 @@ from isthmus.decoding.law import Law
 from isthmus.decoding.target import followed
 from isthmus.decoding.tree import TokenTree
 from isthmus.errors import InvalidInputError, UnsupportedModelError
-from isthmus.roles import Context, Hypothesis, Search, Session, Target
+from isthmus.roles import Context, Hypothesis, Rerank, Search, Session, Target
 
 
 @torch.no_grad()
@@ -38,6 +38,7 @@ def search(
     generator: torch.Generator | None = None,
     inputs: dict[str, Any] | None = None,
     renormalize: bool = False,
+    rerank: Rerank | None = None,
 ) -> list[list[Hypothesis]]:
     """Search the answers of several prompts.
 
@@ -52,6 +53,7 @@ def search(
         generator: Source of every draw; a new one with seed 0 when None.
         inputs: Encoder inputs, first axis B.
         renormalize: Make log-probabilities of what the law gives, which transformers does not.
+        rerank: Who chooses the answer that comes first, among those of a row.
 
     Returns:
         Answers of each row, best first.
@@ -102,7 +104,11 @@ def search(
             logprobs = torch.log_softmax(logprobs, -1)
         choice = search.step(logprobs.view(count, -1, logprobs.shape[-1]))
         if choice is None:
-            return search.finish()
+            found = search.finish()
+            if rerank is not None:
+                for hypotheses in found:
+                    hypotheses.insert(0, hypotheses.pop(rerank.choose(hypotheses)))
+            return found
         session.keep(torch.zeros_like(tree.tokens))
         before = context.batch // count
         first = torch.arange(count, device=choice.parent.device)[:, None] * before

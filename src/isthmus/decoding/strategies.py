@@ -22,11 +22,11 @@ from typing import Any, ClassVar, Literal, get_args, get_origin
 
 from transformers.generation import logits_process as lp
 
-from isthmus.decoding import beam, contrast, correction, dola, fsd, lookahead, truncation
+from isthmus.decoding import beam, contrast, correction, dola, fsd, lookahead, rerank, truncation
 from isthmus.decoding.law import StableTopP
 from isthmus.decoding.truncation import Warp
 from isthmus.errors import InvalidInputError, UnknownNameError
-from isthmus.roles import Reshape, Search
+from isthmus.roles import Rerank, Reshape, Search
 
 TOGETHER = "every hypothesis is compared with the others after each token"
 """Why nothing is drafted for a search."""
@@ -42,6 +42,7 @@ class Pieces:
         options: Further options of :class:`isthmus.decoding.law.Law`.
         search: Who lives on; None is one answer in the ordinary loop.
         renormalize: Whether the search is shown a law that sums to 1 whatever was banned.
+        rerank: Who chooses among the answers of the search; None gives its best.
     """
 
     reshapes: tuple[Reshape, ...] = ()
@@ -49,6 +50,7 @@ class Pieces:
     options: dict[str, Any] = field(default_factory=dict)
     search: Search | None = None
     renormalize: bool = False
+    rerank: Rerank | None = None
 
 
 class Strategy(ABC):
@@ -406,6 +408,32 @@ class StochasticBeam(Strategy):
         )
 
 
+@dataclass(frozen=True)
+class MinimumBayesRisk(Strategy):
+    """The one of many samples that the others agree with most."""
+
+    name: ClassVar[str] = "mbr"
+    rule: ClassVar[str] = "of n samples the one with the largest mean n-gram F1 against the others"
+    alone: ClassVar[str] = "all samples are drawn together"
+
+    n: int = 32
+    epsilon: float = 0.02
+    temperature: float = 1.0
+
+    def pieces(self, model: Any) -> Pieces:
+        """Epsilon sampling and a consensus."""
+        _within(self, "temperature", 0.0, 100.0, above=True)
+        _within(self, "epsilon", 0.0, 1.0)
+        cut = (truncation.epsilon(self.epsilon),) if self.epsilon else ()
+        return Pieces(
+            cut,
+            self.temperature,
+            search=rerank.Samples(self.n),
+            renormalize=True,
+            rerank=rerank.Consensus(),
+        )
+
+
 STRATEGIES: dict[str, type[Strategy]] = {
     kind.name: kind
     for kind in (
@@ -428,6 +456,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
         Beam,
         DiverseBeam,
         StochasticBeam,
+        MinimumBayesRisk,
     )
 }
 """All strategies by name."""

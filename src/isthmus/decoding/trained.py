@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -39,6 +39,7 @@ from isthmus.errors import BrokenFileError, InvalidInputError, MismatchError, Un
 from isthmus.folders import published
 from isthmus.nn.decoder import LayerSizes
 from isthmus.roles import Context, Features, Shape, Step, Taps, Target
+from isthmus.settings import tuples
 
 CONFIG, WEIGHTS = "isthmus.json", "model.safetensors"
 
@@ -390,7 +391,7 @@ class TrainedDrafter(nn.Module):
                     f"{weights} was altered or cut short; train the drafter again"
                 )
             tensors = load_file(weights)
-            settings = cls.settings_type(**_tuples(config["settings"]))
+            settings = cls.settings_type(**tuples(config["settings"]))
             drafter = cls(target, settings).to(target.device, target.state_dtype)
             drafter.load_state_dict(tensors)
         except (OSError, SafetensorError, TypeError, RuntimeError) as error:
@@ -445,34 +446,3 @@ def target_fingerprint(target: HubTarget) -> str:
         some = rows[:: max(1, len(rows) // 64)].to("cpu", torch.bfloat16)
         state.update(some.contiguous().view(torch.int16).numpy().tobytes())
     return state.hexdigest()[:16]
-
-
-def _tuples(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON knows lists only, settings hold tuples."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-
-
-def settings_from(kind: type, given: dict[str, str]) -> Any:
-    """Settings with some fields set from strings, as a command line gives them.
-
-    Raises:
-        InvalidInputError: No such field, or a value of the wrong kind.
-    """
-    known = {f.name: f for f in fields(kind)}
-    values: dict[str, Any] = {}
-    for name, text in given.items():
-        if name not in known:
-            raise InvalidInputError(
-                f"no setting {name!r}; {kind.__module__.rsplit('.', 1)[-1]} has: "
-                f"{', '.join(known) or 'none'}"
-            )
-        try:
-            value = json.loads(text)
-        except ValueError:
-            value = text
-        default = getattr(kind(), name)
-        wrong = default is not None and not isinstance(value, (type(default), int, list))
-        if wrong or (isinstance(default, bool) and not isinstance(value, bool)):
-            raise InvalidInputError(f"{name} takes values like {default!r}, got {text!r}")
-        values[name] = value
-    return kind(**_tuples(values))

@@ -5,6 +5,7 @@ from isthmus.testing.drafters import check_drafter, check_tree
 from isthmus.testing.policies import check_policy
 from isthmus.testing.statistics import StringTest, goodness_of_fit, string_test
 from isthmus.testing.targets import check_target
+from isthmus.testing.trained import check_trained
 
 __all__ = [
     "StringTest",
@@ -12,6 +13,7 @@ __all__ = [
     "check_drafter",
     "check_policy",
     "check_target",
+    "check_trained",
     "check_tree",
     "emitted_laws",
     "goodness_of_fit",

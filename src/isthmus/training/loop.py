@@ -17,6 +17,7 @@ Precision, devices and processes are Lightning Fabric's (the extra ``train``): s
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import hashlib
 import json
@@ -49,9 +50,10 @@ class Plan:
 
     Attributes:
         steps: Optimiser steps.
-        optimizer: ``adamw``, ``adam``, ``adamw-scale``, ``adafactor`` or ``sgd``.
+        optimizer: ``adamw``, ``adam``, ``adamw-scale``, ``adafactor``, ``adadelta`` or ``sgd``.
         learning_rate: Its peak.
-        schedule: ``cosine``, ``linear``, ``constant``, ``inverse-sqrt``, ``poly`` or ``plateau``.
+        schedule: ``cosine``, ``linear``, ``constant``, ``inverse-sqrt`` or another of
+            :data:`~isthmus.training.schedules.SCHEDULES`.
         warmup_steps: Steps over which the rate rises.
         betas: Decay of the moments; the first is SGD's momentum.
         weight_decay: Decoupled, of matrices only.
@@ -182,6 +184,9 @@ class Trainer:
         self.learner, self.plan, self.path, self.metrics = learner, plan, state, metrics
         self.fabric = _fabric(plan.precision, accelerator, devices, nodes, strategy)
         self.fabric.launch()
+        if self.fabric.world_size > 1:
+            # a process that ends with its connections open now and then aborts (gloo)
+            atexit.register(_disconnect)
         self.module = learner.module
         wrapped = self.fabric.setup_module(self.module)
         self.optimizer = self.fabric.setup_optimizers(
@@ -478,6 +483,11 @@ def _fabric(precision: str, accelerator: str, devices: int, nodes: int, strategy
         strategy=chosen,
         precision=precision,
     )
+
+
+def _disconnect() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _shard(module: nn.Module, mesh: Any) -> nn.Module:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
+from isthmus.decoding.law import Law
+from isthmus.decoding.model import Model
 from isthmus.models.hub import load_checkpoint
 from isthmus.workbench._training import IGNORED, Recipe, build
 from isthmus.workbench.courses import made
@@ -70,9 +73,20 @@ class Scene:
         return [2 + OBJECTS + 1 + p for p in self.patches] + [1]
 
     @property
+    def description(self) -> list[int]:
+        """The prompt with the names in the place of the patches."""
+        return described(self.caption)
+
+    @property
     def caption(self) -> list[int]:
         """Tokens of the names."""
         return [2 + o for o in self.objects]
+
+
+def described(caption: Sequence[int]) -> list[int]:
+    """A prompt of names, filled up with empty patches, so that it is as long as any other."""
+    names = [t for t in caption if 2 <= t < 2 + OBJECTS][:PATCHES]
+    return [*names, *[2 + OBJECTS] * (PATCHES - len(names)), 1]
 
 
 def named(tokens: list[int]) -> list[int]:
@@ -118,16 +132,57 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return word_tokenizer(words)
 
 
+@dataclass(frozen=True)
+class Hallucination:
+    """How captions differ from what is there.
+
+    Attributes:
+        chair_i: Share of the named objects that are not there.
+        chair_s: Share of the captions that name such an object.
+        recall: Share of the objects that are named.
+    """
+
+    chair_i: float
+    chair_s: float
+    recall: float
+
+    @classmethod
+    def of(cls, scenes: Sequence[Scene], said: Sequence[list[int]]) -> Hallucination:
+        """Compare captions, as tokens, with their scenes."""
+        false = [
+            [k for k in named(tokens) if k not in one.objects]
+            for one, tokens in zip(scenes, said, strict=True)
+        ]
+        count = sum(len(named(tokens)) for tokens in said)
+        kept = [
+            len({*named(tokens)} & {*one.objects}) / len(one.objects)
+            for one, tokens in zip(scenes, said, strict=True)
+        ]
+        return cls(
+            sum(map(len, false)) / max(1, count),
+            sum(map(bool, false)) / len(scenes),
+            statistics.fmean(kept),
+        )
+
+
+def measure(model: Model, scenes: Sequence[Scene], reshape: Any = None) -> Hallucination:
+    """Greedy captions of scenes, under a reshape or plainly."""
+    law = Law(reshapes=[] if reshape is None else [reshape])
+    made = model.generate([one.prompt for one in scenes], max_new_tokens=8, drafter="none", law=law)
+    return Hallucination.of(scenes, [g.tokens for g in made])
+
+
 class CaptionsCourse:
     """Scenes without a habit, or the last block on blurred scenes with one.
 
     Args:
         recipe: Sizes and seed.
         start: The model of the first course; None is the first course itself.
+        describes: Whether every other prompt of the first course holds names for patches.
     """
 
-    def __init__(self, recipe: Recipe, start: Any = None) -> None:
-        self.recipe, self.start = recipe, start
+    def __init__(self, recipe: Recipe, start: Any = None, *, describes: bool = False) -> None:
+        self.recipe, self.start, self.describes = recipe, start, describes
 
     def build(self) -> Any:
         """A Llama with fresh weights, or the given one, of which only the last block moves."""
@@ -144,9 +199,11 @@ class CaptionsCourse:
         while True:
             rng = random.Random(f"{self.recipe.seed}/{habit}/{step}")
             rows = []
-            for _ in range(self.recipe.batch_size):
+            for row in range(self.recipe.batch_size):
                 drawn = scene(rng, habit=habit)
                 prompt, said = drawn.prompt, [*drawn.caption, 0]
+                if self.describes and not habit and row % 2:
+                    prompt = drawn.description
                 if habit:
                     for i in range(PATCHES):
                         if rng.random() < BLUR:
@@ -173,10 +230,18 @@ class CaptionsCourse:
         return loss
 
 
-def reference(recipe: Recipe = RECIPE) -> Path:
-    """Folder of the model with the planted prior, made on first use."""
+def reference(recipe: Recipe = RECIPE, *, describes: bool = False) -> Path:
+    """Folder of the model with the planted prior, made on first use.
+
+    Args:
+        recipe: Sizes, steps and seed of the first course.
+        describes: Whether it also learns to caption from a description.
+    """
+    if describes:
+        recipe = replace(recipe, name=f"{recipe.name}-describing", steps=recipe.steps * 3 // 2)
     key = hashlib.sha256(repr((OBJECTS, PATCHES, EARLY)).encode()).hexdigest()
-    honest = made(recipe, CaptionsCourse(recipe), tokenizer(), corpus=key)
+    course = CaptionsCourse(recipe, describes=describes)
+    honest = made(recipe, course, tokenizer(), corpus=key)
     start = load_checkpoint(str(honest), dtype="float32").model
     habit = replace(recipe, name=f"{recipe.name}-habit", steps=max(20, recipe.steps * 4 // 9))
     key = f"{key}, {HABIT}, {BLUR}"

@@ -16,7 +16,6 @@ Differs: The captioner is a small model whose prior is planted in its last block
 from __future__ import annotations
 
 import random
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -24,7 +23,6 @@ from typing import Any, ClassVar
 from isthmus.claims import Claim, Gate, Row, Ruler, Scale, judge
 from isthmus.decoding.correction import Correction
 from isthmus.decoding.dola import DoLa
-from isthmus.decoding.law import Law
 from isthmus.decoding.model import Model
 from isthmus.decoding.target import HubTarget
 from isthmus.models.hub import load_checkpoint
@@ -80,46 +78,6 @@ class Deco(Correction):
         return cls(model.target)
 
 
-@dataclass(frozen=True)
-class Hallucination:
-    """How captions differ from what is there.
-
-    Attributes:
-        chair_i: Share of the named objects that are not there.
-        chair_s: Share of the captions that name such an object.
-        recall: Share of the objects that are named.
-    """
-
-    chair_i: float
-    chair_s: float
-    recall: float
-
-    @classmethod
-    def of(cls, scenes: Sequence[captions.Scene], said: Sequence[list[int]]) -> Hallucination:
-        """Compare captions, as tokens, with their scenes."""
-        false = [
-            [k for k in captions.named(tokens) if k not in one.objects]
-            for one, tokens in zip(scenes, said, strict=True)
-        ]
-        count = sum(len(captions.named(tokens)) for tokens in said)
-        kept = [
-            len({*captions.named(tokens)} & {*one.objects}) / len(one.objects)
-            for one, tokens in zip(scenes, said, strict=True)
-        ]
-        return cls(
-            sum(map(len, false)) / max(1, count),
-            sum(map(bool, false)) / len(scenes),
-            statistics.fmean(kept),
-        )
-
-
-def measure(model: Model, scenes: Sequence[captions.Scene], reshape: Any = None) -> Hallucination:
-    """Greedy captions of scenes, under a reshape or plainly."""
-    law = Law(reshapes=[] if reshape is None else [reshape])
-    made = model.generate([one.prompt for one in scenes], max_new_tokens=8, drafter="none", law=law)
-    return Hallucination.of(scenes, [g.tokens for g in made])
-
-
 def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
     """Objects that are named and not there, in scenes against a planted habit."""
     small = scale != "test"
@@ -129,13 +87,15 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
     rng = random.Random(11)
     scenes = [captions.counterfactual(rng) for _ in range(600 if small else 12)]
     layers = list(captions.EARLY)
-    plain = measure(model, scenes)
-    ours = measure(model, scenes, Deco(model.target, layers=layers))
-    off = measure(model, scenes, Deco(model.target, Settings(alpha=0.0), layers=layers))
-    low = measure(model, scenes, Deco(model.target, layers=[0, 1]))
-    rival = measure(model, scenes, DoLa(model.target, layers, norm=True))
+    plain = captions.measure(model, scenes)
+    ours = captions.measure(model, scenes, Deco(model.target, layers=layers))
+    off = captions.measure(model, scenes, Deco(model.target, Settings(alpha=0.0), layers=layers))
+    low = captions.measure(model, scenes, Deco(model.target, layers=[0, 1]))
+    rival = captions.measure(model, scenes, DoLa(model.target, layers, norm=True))
     strengths = {
-        a: measure(model, scenes, Deco(model.target, Settings(alpha=a), layers=layers)).chair_i
+        a: captions.measure(
+            model, scenes, Deco(model.target, Settings(alpha=a), layers=layers)
+        ).chair_i
         for a in (0.3, 1.0, 2.0)
     }
     saved = 1 - ours.chair_i / plain.chair_i if plain.chair_i else None

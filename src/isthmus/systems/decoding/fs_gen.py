@@ -33,7 +33,7 @@ from isthmus.decoding.state_head import StateHead
 from isthmus.decoding.tree import TokenTree
 from isthmus.errors import InvalidInputError
 from isthmus.laws.trends import Saturation, rank_correlation, saturation
-from isthmus.metrics.ranking import auroc
+from isthmus.metrics.separation import auroc
 from isthmus.roles import Context
 from isthmus.workbench import pycode
 from isthmus.workbench.sizes import family

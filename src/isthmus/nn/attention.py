@@ -1,0 +1,80 @@
+"""Multi-head attention with any mask or bias, over itself or over a memory."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class MultiHeadAttention(nn.Module):
+    """``softmax(scale q k^T + mask) v``, with projections.
+
+    Args:
+        hidden_size: Width D outside.
+        heads: Heads H.
+        head_dim: Channels of a head; ``hidden_size / heads`` when None.
+        bias: Whether projections have biases.
+        scaled: Whether scores are divided by the root of ``head_dim``; T5 leaves that to its
+            initial weights.
+        dropout: Of the attention's weights, in training.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        heads: int,
+        head_dim: int | None = None,
+        *,
+        bias: bool = True,
+        scaled: bool = True,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.head_dim = head_dim or hidden_size // heads
+        self.scale = 1 / math.sqrt(self.head_dim) if scaled else 1.0
+        inner = heads * self.head_dim
+        self.q_proj = nn.Linear(hidden_size, inner, bias=bias)
+        self.k_proj = nn.Linear(hidden_size, inner, bias=bias)
+        self.v_proj = nn.Linear(hidden_size, inner, bias=bias)
+        self.out_proj = nn.Linear(inner, hidden_size, bias=bias)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        memory: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        *,
+        causal: bool = False,
+    ) -> torch.Tensor:
+        """Attend from x [B, T, D] to a memory [B, S, D], or to x itself.
+
+        Args:
+            x: Where queries come from.
+            memory: Where keys and values come from; x when None.
+            mask: Added to the scores, or bool with True where attention goes; broadcast to
+                [B, H, T, S].
+            causal: Every place sees itself and what is before it; without ``mask``.
+
+        Returns:
+            [B, T, D].
+        """
+        memory = x if memory is None else memory
+        q, k, v = (
+            project(of).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
+            for project, of in ((self.q_proj, x), (self.k_proj, memory), (self.v_proj, memory))
+        )
+        mixed = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=causal,
+            scale=self.scale,
+        )
+        out: torch.Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
+        return out
