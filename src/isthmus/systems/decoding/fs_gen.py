@@ -211,8 +211,8 @@ def most(scores: torch.Tensor, share: float) -> torch.Tensor:
 @torch.no_grad()
 def read(model: Model, texts: torch.Tensor, start: int) -> torch.Tensor:
     """Logits [B, T, V] before each token of texts from a place on."""
-    logits: torch.Tensor = model.target.forward(texts).logits[:, start - 1 : -1]
-    return logits
+    logits = model.target.forward(texts).logits[:, start - 1 : -1]
+    return logits.clone()  # so that the rest can go
 
 
 def learnt(trace: Trace) -> float:
