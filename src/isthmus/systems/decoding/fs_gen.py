@@ -1,11 +1,12 @@
 """FS-GEN: how often a large model has to step in when a small one writes, and where.
 
-Paper: Zhang, Wang, Li, Sun, Gao, Hu, Zhou. Fast and Slow Generating: An Empirical Study on Large
-    and Small Language Models Collaborative Decoding. 2024. arXiv:2406.12295
+Paper: K. Zhang, J. Wang, N. Ding, B. Qi, E. Hua, X. Lv, B. Zhou. Fast and Slow Generating: An
+    Empirical Study on Large and Small Language Models Collaborative Decoding. 2024.
+    arXiv:2406.12295
 Idea: Speculative, contrastive and proxy decoding are one scheme: a small model writes, a large one
     steps in at some tokens. How often follows from the ratio of their sizes; where, from how unsure
     the small one is.
-Differs: Five models of Python made here instead of Qwen1.5 and others on GSM8K, MMLU-STEM, MBPP
+Differs: Five models of Python made here instead of Qwen and Pythia on GSM8K, MMLU-STEM, MBPP
     and MT-Bench. The router that is trained is a logistic head with a hidden layer, not an SVM.
     Proxy tuning is a part (isthmus.decoding.fusion.Proxy) and not measured: no member of the family
     is tuned; speculative decoding writes what the oracle writes, and is not measured again.
