@@ -9,7 +9,7 @@ from isthmus.decoding.model import Model
 from isthmus.decoding.router import Margin
 from isthmus.errors import InvalidInputError
 from isthmus.laws.trends import saturation
-from isthmus.metrics.classification import auroc
+from isthmus.metrics.separation import auroc
 from isthmus.systems.decoding.fs_gen import FsGen, Settings, claim, closed, learnt, most
 
 SMALL, LARGE = (Model(tiny.network("Llama", noise=n), fast=False) for n in (0.0, 0.5))

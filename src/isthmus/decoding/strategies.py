@@ -22,16 +22,7 @@ from typing import Any, ClassVar, Literal, get_args, get_origin
 
 from transformers.generation import logits_process as lp
 
-from isthmus.decoding import (
-    beam,
-    contrast,
-    correction,
-    dola,
-    fsd,
-    lookahead,
-    rerank,
-    truncation,
-)
+from isthmus.decoding import beam, contrast, correction, dola, fsd, lookahead, rerank, truncation
 from isthmus.decoding.law import StableTopP
 from isthmus.decoding.truncation import Warp
 from isthmus.errors import InvalidInputError, UnknownNameError

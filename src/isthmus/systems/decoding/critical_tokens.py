@@ -1,7 +1,7 @@
 """Critical tokens: the pretrained model says what is true, the aligned one says the rest.
 
-Paper: Jin, Peng, Zhang, Lyu, Zhang, Zhang, Tan, Liu, Yan, Wu. Collaborative decoding of critical
-    tokens for boosting factuality of large language models. 2024. arXiv:2402.17982
+Paper: L. Jin, B. Peng, L. Song, H. Mi, Y. Tian, D. Yu. Collaborative decoding of critical tokens
+    for boosting factuality of large language models. 2024. arXiv:2402.17982
 Idea: Alignment costs facts. Hand the tokens that decide on the truth (names, numbers) to the
     pretrained model, greedily, and let the aligned model draw all others.
 Differs: The classifier is a logistic head on the aligned model's last state, not a language model

@@ -1,11 +1,12 @@
 """FS-GEN: how often a large model has to step in when a small one writes, and where.
 
-Paper: Zhang, Wang, Li, Sun, Gao, Hu, Zhou. Fast and Slow Generating: An Empirical Study on Large
-    and Small Language Models Collaborative Decoding. 2024. arXiv:2406.12295
+Paper: K. Zhang, J. Wang, N. Ding, B. Qi, E. Hua, X. Lv, B. Zhou. Fast and Slow Generating: An
+    Empirical Study on Large and Small Language Models Collaborative Decoding. 2024.
+    arXiv:2406.12295
 Idea: Speculative, contrastive and proxy decoding are one scheme: a small model writes, a large one
     steps in at some tokens. How often follows from the ratio of their sizes; where, from how unsure
     the small one is.
-Differs: Five models of Python made here instead of Qwen1.5 and others on GSM8K, MMLU-STEM, MBPP
+Differs: Five models of Python made here instead of Qwen and Pythia on GSM8K, MMLU-STEM, MBPP
     and MT-Bench. The router that is trained is a logistic head with a hidden layer, not an SVM.
     Proxy tuning is a part (isthmus.decoding.fusion.Proxy) and not measured: no member of the family
     is tuned; speculative decoding writes what the oracle writes, and is not measured again.
@@ -33,7 +34,7 @@ from isthmus.decoding.state_head import StateHead
 from isthmus.decoding.tree import TokenTree
 from isthmus.errors import InvalidInputError
 from isthmus.laws.trends import Saturation, rank_correlation, saturation
-from isthmus.metrics.classification import auroc
+from isthmus.metrics.separation import auroc
 from isthmus.roles import Context
 from isthmus.workbench import pycode
 from isthmus.workbench.sizes import family
@@ -211,8 +212,8 @@ def most(scores: torch.Tensor, share: float) -> torch.Tensor:
 @torch.no_grad()
 def read(model: Model, texts: torch.Tensor, start: int) -> torch.Tensor:
     """Logits [B, T, V] before each token of texts from a place on."""
-    logits: torch.Tensor = model.target.forward(texts).logits[:, start - 1 : -1]
-    return logits
+    logits = model.target.forward(texts).logits[:, start - 1 : -1]
+    return logits.clone()  # so that the rest can go
 
 
 def learnt(trace: Trace) -> float:
