@@ -14,6 +14,8 @@ Images of one batch may be at different places: position -1 marks a token that i
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from isthmus.decoding.cache import SlotCache
@@ -22,6 +24,19 @@ from isthmus.decoding.law import ROW_WISE, Law
 from isthmus.decoding.target import HubTarget
 from isthmus.errors import InvalidInputError
 from isthmus.nn.masks import additive
+
+
+@dataclass(frozen=True)
+class Painted:
+    """Images, and what they took.
+
+    Attributes:
+        tokens: int64 [B, H, W], or [B, n] where the decoder knows no rows.
+        passes: Forwards until each image was complete, int64 [B].
+    """
+
+    tokens: torch.Tensor
+    passes: torch.Tensor
 
 
 class PlaceCache:
