@@ -165,10 +165,10 @@ class PlaceDraws:
 
     def _fill(self, keys: torch.Tensor, width: int) -> torch.Tensor:
         """Gumbel noise [B, N, width] of the keys [B, N]; any integers from 0 on."""
-        noise = torch.zeros(*keys.shape, width, dtype=torch.float64)
+        noise = torch.zeros(*keys.shape, width, dtype=torch.float64, device=keys.device)
         for key in sorted(set(keys.flatten().tolist())):
             generator = torch.Generator().manual_seed(self._seed * 1_000_003 + key + 1)
-            drawn = gumbel_noise((self._batch, width), generator)[:, None]
+            drawn = gumbel_noise((self._batch, width), generator)[:, None].to(keys.device)
             noise = torch.where((keys == key)[..., None], drawn, noise)
         return noise
 

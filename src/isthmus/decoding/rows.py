@@ -113,7 +113,7 @@ class Canvas:
         self.passes = prompts.new_zeros(batch)
         # first tokens that wait, and the laws that they were drawn from
         self.waiting = prompts.new_full((batch, self.height), -1)
-        self.laws = torch.zeros(batch, self.height, levels, dtype=torch.float64)
+        self.laws = self.fed.new_zeros(batch, self.height, levels, dtype=torch.float64)
         window = torch.full((self.height,), min(rows.window, self.width))
         if rows.first_row_alone:
             window[1:2] = self.width
