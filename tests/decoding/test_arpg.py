@@ -166,4 +166,4 @@ def test_the_claim_made_small():
     found = claim(Ruler(), "test")
     gates = {gate.name: gate for gate in found.gates}
     assert gates["passes, as a share of those with the idea off"].passed
-    assert len(found.rows) == 8
+    assert len(found.rows) == 10

@@ -136,12 +136,12 @@ class Arpg:
         steps = min(self.settings.steps or len(free), len(free))
         groups = group_sizes(len(free), steps, self.settings.schedule) if steps else []
         for group in torch.split(free, groups):
+            done += len(group)
             pull = self.settings.guidance
-            if self.settings.rising:  # g_t of the released code, the class counted as done
-                pull = 1 + (pull - 1) * (done + 1) / places
+            if self.settings.rising:  # g_t of the released code, this group counted as done
+                pull = 1 + (pull - 1) * done / places
             asked = group.expand(len(classes), -1)
             tokens[:, group] = draws.pick(work.ask(asked, memory, pull), asked)
-            done += len(group)
             if done < places:
                 memory = work.remember(tokens[:, group], group)
         return Painted(tokens, classes.new_full((len(classes),), len(groups)))
@@ -210,8 +210,8 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
     wanted = torch.arange(1000 if small else 20) % digits.CLASSES
     prompts = digits.prompts(wanted)
 
-    def paint(steps: int, guidance: float = 1.0, few: int = len(wanted)) -> Painted:
-        part = Arpg(Settings(steps, guidance=guidance))
+    def paint(steps: int, few: int = len(wanted), **other: Any) -> Painted:
+        part = Arpg(Settings(steps, **other))
         return part.paint(model, wanted[:few], PLACES, seed=0)
 
     def raster(few: int = len(wanted)) -> torch.Tensor:
@@ -228,10 +228,15 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
     found = {16: quality(ours.tokens)} | {n: quality(paint(n).tokens) for n in (8, 4, 2)}
     one, one_far = quality(off.tokens)
     share = int(ours.passes.max()) / int(off.passes.max())
-    pulled = {g: quality(paint(16, g).tokens) for g in (2.0, 4.5)}
+    variants = {
+        f"{n or PLACES} passes, no guidance": quality(paint(n, guidance=1.0).tokens)
+        for n in (0, 16, 8)
+    }
+    variants["8 passes, cosine groups"] = quality(paint(8, schedule="cosine").tokens)
+    alone = variants[f"{PLACES} passes, no guidance"][0]
     few = 16 if small else 2
     clock = ruler.compare(
-        {"raster": lambda: raster(few), "ours": lambda: paint(16, few=few)},
+        {"raster": lambda: raster(few), "ours": lambda: paint(16, few)},
         repeats=3 if small else 1,
     )
     faster = ratio(clock["raster"], clock["ours"])
@@ -278,14 +283,14 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
             ),
             *(
                 Row(
-                    f"digits that the judge sees, 16 passes, g = {g:g}",
+                    f"digits that the judge sees, {name}",
                     "%",
                     right,
                     value,
                     one,
                     note=f"Fréchet {distance:.1f}",
                 )
-                for g, (value, distance) in pulled.items()
+                for name, (value, distance) in variants.items()
             ),
             Row("speed-up, 16 images", "x", 1.0, faster.median, None, note=f"{faster}, no gate"),
         ),
@@ -295,7 +300,9 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
         gates=gates,
         seeds=(0,),
         notes=(
-            f"{len(wanted)} images; both decoders have 0.2M parameters and as many lessons; "
-            f"one place a pass stays {right - one:.1f} points behind raster order.",
+            f"{len(wanted)} images; both decoders have 0.2M parameters and as many lessons; one place "
+            f"a pass without guidance is {right - alone:.1f} points behind raster order.",
+            "guidance rises to the published 4.5 and doubles the work of a pass; raster order and "
+            "rows in flight have none.",
         ),
     )
