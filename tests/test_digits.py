@@ -56,3 +56,18 @@ def test_the_model_learns(sklearn, tmp_path, monkeypatch):
     monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path))
     target = digits.raster_target(replace(digits.RECIPE, steps=12, batch_size=8))
     assert digits.pixel_loss(target.model) < 2.2  # log 19 = 2.94
+
+
+def test_any_order_learns_too(sklearn, tmp_path, monkeypatch):
+    monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path))
+    model = digits.guided(replace(digits.GUIDED, steps=12, batch_size=8))
+    grids, wanted = digits.pictures("held-out")
+    course = digits.GuidedCourse(digits.GUIDED)
+    _, shown, order = next(course.batches(3))
+    assert torch.equal(order.sort(1).values[0], torch.arange(64))
+    assert 0 < (shown == digits.CLASSES).sum() < 12  # some lessons keep the digit to themselves
+    assert torch.equal(order, next(digits.GuidedCourse(digits.GUIDED).batches(3))[2])
+    raster = torch.arange(64).expand(len(grids), -1)
+    with torch.no_grad():
+        loss = course.loss(model, (grids.flatten(1), wanted, raster))
+    assert float(loss) < 2.1  # log 9 = 2.20

@@ -7,8 +7,9 @@ import torch
 from isthmus.claims import Ruler
 from isthmus.decoding.grid import PlaceDraws, in_raster_order
 from isthmus.decoding.law import Law
+from isthmus.decoding.rows import Canvas
 from isthmus.errors import InvalidInputError
-from isthmus.systems.decoding.zipar import Settings, Zipar, _Canvas, claim, pass_count
+from isthmus.systems.decoding.zipar import Settings, Zipar, claim
 
 PROMPTS = torch.tensor([[5], [9], [20]])
 SIZE = (4, 6)
@@ -24,7 +25,7 @@ def paint(law=None, **settings):
 @pytest.mark.parametrize("alone", [True, False])
 def test_passes_are_those_of_the_formula(window, alone):
     made = paint(window=window, first_row_alone=alone)
-    wanted = pass_count(*SIZE, window, first_row_alone=alone)
+    wanted = Settings(window, first_row_alone=alone).passes(*SIZE)
     assert made.passes.tolist() == [wanted] * 3
     formula = 2 * 6 + 2 * window if alone else 6 + 3 * window
     assert wanted == formula
@@ -55,7 +56,7 @@ def test_images_do_not_know_their_neighbours():
 
 def canvas(**settings):
     draws = PlaceDraws(0, 1, Law())
-    return _Canvas(Settings(**settings), draws, torch.tensor([[9]]), (3, 4), 5)
+    return Canvas(Settings(**settings), draws, torch.tensor([[9]]), (3, 4), 5)
 
 
 @pytest.mark.parametrize(("stand_in", "token"), [("above", 3), ("current", 1)])
@@ -89,7 +90,7 @@ def test_waiting_gives_the_law_of_the_later_pass():
     """Draw from p_k, judge by p_(k+1): what stands follows p_(k+1), and most stands at once."""
     n, old, new = 6000, torch.tensor([0.6, 0.3, 0.1]), torch.tensor([0.3, 0.3, 0.4])
     prompts = torch.zeros(n, 1, dtype=torch.int64)
-    grid = _Canvas(Settings(window=2, adaptive=True), PlaceDraws(1, n), prompts, (3, 4), 3)
+    grid = Canvas(Settings(window=2, adaptive=True), PlaceDraws(1, n), prompts, (3, 4), 3)
     grid.tokens[:, 0] = 0
     grid.tokens[:, 1, :2] = 0
     places = torch.full((n, 1), 7)
@@ -106,12 +107,12 @@ def test_waiting_gives_the_law_of_the_later_pass():
 
 def test_adaptive_windows_take_more_passes_than_fixed_ones_and_fewer_than_raster():
     passes = paint(window=2, adaptive=True).passes
-    assert (passes > pass_count(*SIZE, 2)).all() and (passes <= 24 + 2).all()
+    assert (passes > Settings(2).passes(*SIZE)).all() and (passes <= 24 + 2).all()
 
 
 @pytest.mark.parametrize("settings", [{"window": 0}, {"stand_in": "below"}])
 def test_bad_settings_are_refused(settings):
-    with pytest.raises(InvalidInputError, match="zipar needs"):
+    with pytest.raises(InvalidInputError, match="rows need"):
         Zipar(dataclasses.replace(Settings(), **settings))
 
 

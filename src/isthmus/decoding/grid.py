@@ -14,6 +14,8 @@ Images of one batch may be at different places: position -1 marks a token that i
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from isthmus.decoding.cache import SlotCache
@@ -22,6 +24,19 @@ from isthmus.decoding.law import ROW_WISE, Law
 from isthmus.decoding.target import HubTarget
 from isthmus.errors import InvalidInputError
 from isthmus.nn.masks import additive
+
+
+@dataclass(frozen=True)
+class Painted:
+    """Images, and what they took.
+
+    Attributes:
+        tokens: int64 [B, H, W], or [B, n] where the decoder knows no rows.
+        passes: Forwards until each image was complete, int64 [B].
+    """
+
+    tokens: torch.Tensor
+    passes: torch.Tensor
 
 
 class PlaceCache:
@@ -150,10 +165,10 @@ class PlaceDraws:
 
     def _fill(self, keys: torch.Tensor, width: int) -> torch.Tensor:
         """Gumbel noise [B, N, width] of the keys [B, N]; any integers from 0 on."""
-        noise = torch.zeros(*keys.shape, width, dtype=torch.float64)
+        noise = torch.zeros(*keys.shape, width, dtype=torch.float64, device=keys.device)
         for key in sorted(set(keys.flatten().tolist())):
             generator = torch.Generator().manual_seed(self._seed * 1_000_003 + key + 1)
-            drawn = gumbel_noise((self._batch, width), generator)[:, None]
+            drawn = gumbel_noise((self._batch, width), generator)[:, None].to(keys.device)
             noise = torch.where((keys == key)[..., None], drawn, noise)
         return noise
 

@@ -75,7 +75,8 @@ def rotate(x: torch.Tensor, positions: torch.Tensor, theta: float) -> torch.Tens
 
     Args:
         x: Queries or keys [B, H, N, d], d even.
-        positions: int64 [B or 1, N].
+        positions: int64 [B or 1, N]; with several coordinates [B or 1, N, C] each of them turns
+            its own part of the channels, d / C of them.
         theta: Base of the frequencies.
 
     Returns:
@@ -86,6 +87,9 @@ def rotate(x: torch.Tensor, positions: torch.Tensor, theta: float) -> torch.Tens
         >>> torch.equal(rotate(x, torch.zeros(1, 2, dtype=torch.int64), 1e4), x)
         True
     """
+    if positions.ndim == 3:
+        parts = zip(x.chunk(positions.shape[-1], -1), positions.unbind(-1), strict=True)
+        return torch.cat([rotate(part, coordinate, theta) for part, coordinate in parts], -1)
     half = x.shape[-1] // 2
     steps = torch.arange(half, device=x.device, dtype=torch.float32)
     angles = positions[:, None, :, None].float() * theta ** (-steps / half)  # [B, 1, N, d/2]
@@ -122,7 +126,7 @@ class Attention(nn.Module):
 
         Args:
             x: [B, N, D].
-            positions: int64 [B or 1, N].
+            positions: int64 [B or 1, N], or [B or 1, N, C]; see :func:`rotate`.
             mask: Additive [B or 1, 1, N, S + N]; causal over x itself when None.
             store: The past; without one x is all there is.
 

@@ -12,16 +12,19 @@ import functools
 import hashlib
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
 from isthmus.decoding.target import HubTarget
 from isthmus.errors import require
 from isthmus.metrics.images import class_accuracy, frechet_distance
+from isthmus.models.guided_decoder import GuidedDecoder
 from isthmus.models.hub import load_checkpoint
 from isthmus.workbench._training import Recipe, build, nats
 from isthmus.workbench.courses import made
@@ -126,6 +129,61 @@ def raster(recipe: Recipe = RECIPE) -> Path:
 def raster_target(recipe: Recipe = RECIPE) -> HubTarget:
     """The same model, ready to decode."""
     return HubTarget(load_checkpoint(str(raster(recipe)), dtype="float32", device="cpu").model)
+
+
+GUIDED = replace(RECIPE, name="digits-guided", rope_theta=100.0)
+"""The same sizes and lessons for a decoder that paints in any order."""
+
+CLASS_DROPOUT = 0.1
+"""Share of lessons without a digit, for guidance."""
+
+
+class GuidedCourse:
+    """Pictures in random orders of their pixels, one in ten without its digit.
+
+    Args:
+        recipe: Sizes and seed.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
+    def build(self) -> GuidedDecoder:
+        """A guided decoder with fresh weights."""
+        recipe = self.recipe
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)  # torch's layers draw their weights from here
+            return GuidedDecoder(
+                LEVELS,
+                CLASSES,
+                SIDE,
+                recipe.hidden_size,
+                recipe.num_hidden_layers,
+                recipe.num_attention_heads,
+                recipe.intermediate_size,
+                recipe.rope_theta,
+            )
+
+    def batches(self, start: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Pixels [B, 64], digits [B] and orders [B, 64] of each step."""
+        for step, (grids, digits) in enumerate(drawn(self.recipe, start), start):
+            generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 - step - 1)
+            order = torch.rand(len(grids), SIDE * SIDE, generator=generator).argsort(1)
+            silent = torch.rand(len(grids), generator=generator) < CLASS_DROPOUT
+            yield grids.flatten(1), digits.masked_fill(silent, CLASSES), order
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Mean nats per pixel."""
+        tokens, digits, order = batch
+        logits = model(tokens, digits, order)
+        return F.cross_entropy(logits.flatten(0, 1), tokens.gather(1, order).flatten())
+
+
+def guided(recipe: Recipe = GUIDED) -> GuidedDecoder:
+    """The model that paints in any order, trained on first use."""
+    folder = made(recipe, GuidedCourse(recipe), tokenizer(), corpus=digest())
+    model: GuidedDecoder = GuidedDecoder.from_pretrained(str(folder))
+    return model.eval()
 
 
 @torch.no_grad()
