@@ -63,18 +63,22 @@ class Taps:
         final: The last hidden state, after the final norm: what the LM head multiplies.
         layers: Decoder layers whose *incoming* hidden state is read, 0 to L; L is the state that
             leaves the last layer, before the final norm.
+        cross_attention: The weights of every decoder layer over the encoder's output, of models
+            with an encoder.
     """
 
     final: bool = False
     layers: tuple[int, ...] = ()
+    cross_attention: bool = False
 
     def __bool__(self) -> bool:
-        return self.final or bool(self.layers)
+        return self.final or bool(self.layers) or self.cross_attention
 
     def __or__(self, other: Taps) -> Taps:
         """Everything that either asks for."""
         layers = tuple(sorted({*self.layers, *other.layers}))
-        return Taps(self.final or other.final, layers)
+        across = self.cross_attention or other.cross_attention
+        return Taps(self.final or other.final, layers, across)
 
 
 @dataclass(frozen=True)
@@ -84,15 +88,19 @@ class Features:
     Attributes:
         final: [B, N, D], or None where not asked for.
         layers: [B, N, D] by layer, as :class:`Taps` numbers them.
+        cross_attention: Weights over S source tokens [B, N, L, H, S], or None where not asked for.
     """
 
     final: torch.Tensor | None = None
     layers: dict[int, torch.Tensor] = field(default_factory=dict)
+    cross_attention: torch.Tensor | None = None
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Features:
         """The same states after one change, such as a choice of rows or tokens."""
-        final = None if self.final is None else change(self.final)
-        return Features(final, {i: change(x) for i, x in self.layers.items()})
+        final, across = (
+            None if x is None else change(x) for x in (self.final, self.cross_attention)
+        )
+        return Features(final, {i: change(x) for i, x in self.layers.items()}, across)
 
 
 @dataclass

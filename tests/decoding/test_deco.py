@@ -5,11 +5,12 @@ import tiny
 import torch
 
 from isthmus.claims import Ruler
+from isthmus.decoding.correction import candidates
 from isthmus.decoding.law import Law
 from isthmus.decoding.tree import TokenTree, chain_topology
 from isthmus.errors import InvalidInputError
 from isthmus.roles import Context, Features, Reshape
-from isthmus.systems.decoding.deco import Deco, Settings, candidates, claim
+from isthmus.systems.decoding.deco import Deco, Settings, claim
 from isthmus.workbench import captions
 
 
@@ -66,6 +67,20 @@ def test_drafts_go_with_it_and_off_it_is_greedy(drafter):
         for p in prompts
     ]
     assert alone == tokens("none", deco(alpha=2.0))
+
+
+def test_it_is_a_named_strategy():
+    model = tiny.facade("Llama")
+    prompts = [p.tolist() for p in tiny.prompts()]
+    options = {"max_new_tokens": 12, "ignore_end": True}
+    layers = {"low": 0.0, "high": 0.5}
+    named = model.generate(prompts, strategy="deco", alpha=2.0, **layers, **options)
+    law = Law(reshapes=[deco(alpha=2.0)])
+    assert [g.tokens for g in named] == [
+        g.tokens for g in model.generate(prompts, law=law, **options)
+    ]
+    off = model.generate(prompts, strategy="deco", alpha=0.0, **layers, **options)
+    assert [g.tokens for g in off] == [g.tokens for g in model.generate(prompts, **options)]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from isthmus.cli.generate import fusion
 from isthmus.cli.output import console, print_error, quiet_transformers
 from isthmus.errors import BrokenFileError, InvalidInputError
 
@@ -24,6 +25,7 @@ def answer_file(
     batch_size: int,
     load: dict[str, Any],
     options: dict[str, Any],
+    fuse: tuple[tuple[str, ...], str] = ((), "auto"),
 ) -> int:
     """Answer every line of a file.
 
@@ -35,6 +37,7 @@ def answer_file(
         batch_size: Rows at work at most.
         load: Arguments of :func:`isthmus.load`.
         options: Arguments of :meth:`isthmus.decoding.model.Model.generate_many`.
+        fuse: Models that speak along, and how.
 
     Returns:
         The exit code: 2 where some lines could not be answered.
@@ -53,6 +56,10 @@ def answer_file(
     settings = {k: v for k, v in {**load, **options, "seed": seed}.items() if k != "device"}
     if "constraint" in options:
         settings["constraint"] = vars(options["constraint"])
+    if fuse[0]:
+        if engine != "local":
+            raise InvalidInputError("--fuse goes with --engine local only")
+        settings["fuse"] = fuse
     seed = secrets.randbits(32) if seed is None else seed
     journal = None if str(output) == "-" else Journal(output, text, settings, seed)
     if journal is not None:
@@ -65,6 +72,9 @@ def answer_file(
     if left and engine == "ray":
         found = answers_on_ray(make, left, workers=workers, **asked)
     elif left:
+        if fuse[0]:
+            places = {k: load[k] for k in ("dtype", "device")}
+            asked["fuse"] = fusion(fuse[0], fuse[1], **places)
         found = answers(make(), left, **asked)
     order = [line.number for line in left]
     write = _in_order(order) if journal is None else journal.add

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -37,6 +38,8 @@ def generate(
     lenient: bool = False,
     strategy: str = "",
     set: tuple[str, ...] = (),
+    fuse: tuple[str, ...] = (),
+    fuse_mode: str = "auto",
     seed: int | None = None,
     dtype: str = "auto",
     device: str = "auto",
@@ -85,6 +88,10 @@ def generate(
             whether the answer validates.
         strategy: How tokens are chosen: contrastive-search, beam, top-p ...; help lists them.
         set: A setting of the strategy as key=value; may be given several times.
+        fuse: A second model that speaks along, as MODEL or MODEL:weight; may be given several
+            times. Models of one vocabulary are fused token by token, others by their bytes.
+        fuse_mode: How: product, mixture, contrast, proxy, route, lead or next-byte; help lists
+            them, and auto goes by the vocabularies.
         seed: Seed of the sampling.
         dtype: auto, float32, bfloat16, float16 or float64; int8 rounds the weights, which changes
             the model a little.
@@ -119,6 +126,14 @@ def generate(
         strategies()
         return 0
     options |= _strategy(strategy, set)
+    if fuse_mode == "help":
+        from isthmus.decoding.fuse import MODES
+
+        for name, rule in MODES.items():
+            print(f"{name:10} {rule}")
+        return 0
+    if fuse_mode != "auto" and not fuse:
+        raise InvalidInputError("--fuse-mode goes with --fuse, which names the other model")
     places: dict[str, Any] = {
         "dtype": dtype,
         "device": device,
@@ -140,6 +155,7 @@ def generate(
             batch_size=batch_size,
             load={"source": model, **places},
             options=options,
+            fuse=(fuse, fuse_mode),
         )
     if str(output) != "-" or engine != "local":
         raise InvalidInputError("--output and --engine go with --input, a file of prompts")
@@ -148,6 +164,8 @@ def generate(
     from isthmus.api import load
 
     loaded = load(model, **places)
+    if fuse:
+        options["fuse"] = fusion(fuse, fuse_mode, dtype=dtype, device=device)
     shown, code = 0, 0
     try:
         for piece in loaded.stream(text, **options):
@@ -217,6 +235,16 @@ def _strategy(name: str, settings: tuple[str, ...]) -> dict[str, Any]:
 
     make(name, given)
     return {"strategy": name, **given}
+
+
+def fusion(specs: Sequence[str], mode: str, *, dtype: str, device: str) -> Any:
+    """The other models of a fusion, loaded."""
+    from isthmus.api import load
+    from isthmus.decoding.fuse import Fuse, parse
+
+    pairs = parse(specs)
+    loaded = [load(name, dtype=dtype, device=device) for name, _ in pairs]
+    return Fuse(tuple(loaded), tuple(weight for _, weight in pairs), mode)
 
 
 def _prompt(prompt: str, file: Path | None) -> str:

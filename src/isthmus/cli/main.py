@@ -61,6 +61,15 @@ app.command(
 app.command(
     "isthmus.cli.claim:claim", name="claim", help="Measure again what the papers of systems claim."
 )
+app.command("isthmus.cli.retrieval:embed", name="embed", help="Make vectors of texts.")
+app.command(
+    "isthmus.cli.retrieval:index",
+    name="index",
+    help="Make documents searchable, by words and, with a model, by meaning.",
+)
+app.command(
+    "isthmus.cli.retrieval:search", name="search", help="Find documents that answer a query."
+)
 bench = App(name="bench", help="Compare methods side by side, interleaved in one run.")
 bench.command(
     "isthmus.cli.bench:decode",

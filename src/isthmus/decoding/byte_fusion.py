@@ -122,12 +122,17 @@ class NextByte:
         return fused.log_softmax(0)
 
     def generate(
-        self, prompt: bytes, max_new_bytes: int, generator: torch.Generator | None = None
+        self,
+        prompt: bytes,
+        max_new_bytes: int,
+        generator: torch.Generator | None = None,
+        *,
+        temperature: float = 1.0,
     ) -> bytes:
         """New bytes, one by one; the likeliest ones without a generator."""
         text = prompt
         for _ in range(max_new_bytes):
-            law = self.law(text).exp()
+            law = (self.law(text) / temperature).softmax(0).cpu()
             byte = int(
                 law.argmax() if generator is None else law.multinomial(1, generator=generator)
             )

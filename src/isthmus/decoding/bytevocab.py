@@ -13,6 +13,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import zip_longest
 from typing import Any
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -124,7 +125,15 @@ class ByteVocab:
 
     def same_bytes(self, other: ByteVocab) -> bool:
         """Whether equal ids write equal bytes in both."""
-        return self._bytes == other._bytes
+        return self.differs(other) is None
+
+    def differs(self, other: ByteVocab) -> int | None:
+        """The first token that writes other bytes in the other one, or None.
+
+        Tokens that write nothing pad a vocabulary: it may be longer by those.
+        """
+        pairs = zip_longest(self._bytes, other._bytes)
+        return next((i for i, (a, b) in enumerate(pairs) if a != b), None)
 
     def encode(self, text: Bytes) -> list[int]:
         """Canonical tokens of bytes in the middle of a text.

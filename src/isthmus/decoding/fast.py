@@ -220,6 +220,10 @@ class FastSession(SlotSession):
 
     def _run(self, tree: TokenTree, *, taps: Taps | None = None, last_only: bool = False) -> Scores:
         cache, kernel = self.cache, self.target.kernel
+        if taps is not None and taps.cross_attention:
+            raise UnsupportedModelError(
+                "the compiled forward keeps no attention weights; make the model with fast=False"
+            )
         cache.reserve(tree.nodes)
         layers = () if taps is None else (*taps.layers, *([kernel.program.layers + 1] * taps.final))
         logits, states = kernel.forward(

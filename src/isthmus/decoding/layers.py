@@ -269,6 +269,7 @@ class ShallowRun:
             same = tree.tokens[:, :known] == self.tokens
         if (
             not tree.is_chain
+            or wanted.cross_attention
             or min(wanted.layers, default=self.stop) < self.stop
             or not bool((same | ~tree.alive[:, :known]).all())
         ):

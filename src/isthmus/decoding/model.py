@@ -23,6 +23,7 @@ from isthmus.decoding.drafters import ModelDrafter, PromptLookup, Union
 from isthmus.decoding.engine import Request, check_prompt, decode
 from isthmus.decoding.exact import ExactTarget
 from isthmus.decoding.fast import FastTarget, best_target
+from isthmus.decoding.fuse import Fuse
 from isthmus.decoding.generation import Generation
 from isthmus.decoding.law import Law
 from isthmus.decoding.policy import Auto, Fixed
@@ -117,6 +118,8 @@ class Model:
         inputs: dict[str, Any] | None = None,
         constraint: Wanted | None = None,
         strategy: str | Strategy | None = None,
+        fuse: Any = None,
+        fuse_mode: str = "auto",
         **sampling: Any,
     ) -> Any:
         """Decode one prompt or a batch.
@@ -144,6 +147,9 @@ class Model:
                 :mod:`isthmus.decoding.constraint` returns.
             strategy: A decoding strategy, by name (see :mod:`isthmus.decoding.strategies`) or
                 made already; its settings are then given like ``sampling``.
+            fuse: Models that speak along: one from :func:`load`, a pair of it and its weight, or a
+                list of those; see :mod:`isthmus.decoding.fuse`.
+            fuse_mode: How; ``"auto"`` goes by their vocabularies.
             sampling: ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty``,
                 ``processors``; see :class:`isthmus.decoding.law.Law`.
 
@@ -154,6 +160,32 @@ class Model:
             IsthmusError: Bad input; the message says what to do.
         """
         many = isinstance(prompt, (list, tuple)) and not _is_ids(prompt)
+        fusion, sampling = self._fused(fuse, fuse_mode, law, sampling)
+        if fusion is not None:
+            _no(
+                "a fusion of bytes",
+                drafter=drafter not in ("auto", "none"),
+                num_draft_tokens=num_draft_tokens,
+                stop=stop,
+                law=law,
+                acceptance=acceptance,
+                ignore_end=ignore_end,
+                inputs=inputs,
+                constraint=constraint,
+                strategy=strategy,
+            )
+            _no("a fusion of bytes", **_changed(sampling))
+            answers = [
+                fusion.write(
+                    self,
+                    p,
+                    max_new_tokens=max_new_tokens,
+                    temperature=float(sampling.get("temperature", 0.0)),
+                    generator=self._generator(seed),
+                )
+                for p in (prompt if many else [prompt])
+            ]
+            return answers if many else answers[0]
         if strategy is not None:
             pieces, sampling = self._strategy(strategy, drafter, law, sampling)
             if pieces.search is not None:
@@ -182,9 +214,7 @@ class Model:
                 "num_draft_tokens": num_draft_tokens,
                 "constraint": constraint,
             }
-            given = [name for name, value in asked.items() if value]
-            given += [name for name, value in sampling.items() if value != NEUTRAL.get(name)]
-            given = [name for name in given if name != "temperature"]
+            given = [*(name for name, value in asked.items() if value), *_changed(sampling)]
             if given:
                 raise InvalidInputError(
                     f"{drafter} has its own decoding loop and takes no {', '.join(given)}"
@@ -249,6 +279,8 @@ class Model:
         ignore_end: bool = False,
         constraint: Wanted | None = None,
         strategy: str | Strategy | None = None,
+        fuse: Any = None,
+        fuse_mode: str = "auto",
         **sampling: Any,
     ) -> Iterator[tuple[int, Generation]]:
         """Decode any number of prompts with continuous batching: a place is never left empty.
@@ -270,6 +302,8 @@ class Model:
             ignore_end: Do not stop at end tokens, for measurements.
             constraint: Constraint of prompts without one of their own.
             strategy: As for :meth:`generate`.
+            fuse: As for :meth:`generate`.
+            fuse_mode: As for :meth:`generate`.
             sampling: As for :meth:`generate`.
 
         Yields:
@@ -284,13 +318,14 @@ class Model:
             raise InvalidInputError(f"batch_size must be at least 1, got {batch_size}")
         asked = (p if isinstance(p, Prompt) else Prompt(p) for p in prompts)
         name = drafter if isinstance(drafter, str) else "custom"
+        fusion, sampling = self._fused(fuse, fuse_mode, None, sampling)
         searches = False
-        if strategy is not None:
+        if strategy is not None and fusion is None:
             pieces, options = self._strategy(strategy, drafter, None, sampling)
             searches = pieces.search is not None
             if not searches:
                 sampling, strategy = options, None
-        if searches or own_loop(drafter) is not None:
+        if fusion is not None or searches or own_loop(drafter) is not None:
             for number, one in enumerate(asked):
                 yield (
                     number,
@@ -303,6 +338,8 @@ class Model:
                         seed=seed if one.seed is None else one.seed,
                         constraint=one.constraint or constraint,
                         strategy=strategy,
+                        fuse=fusion,
+                        ignore_end=ignore_end,
                         **sampling,
                     ),
                 )
@@ -378,11 +415,18 @@ class Model:
             New text, never taken back. The generator's return value is the
             :class:`~isthmus.decoding.generation.Generation`.
         """
-        whole = own_loop(options.get("drafter", "auto")) is not None
+        known = inspect.signature(self._job).parameters
+        own = {"strategy", "fuse", "fuse_mode"}
+        given = {k: v for k, v in options.items() if k not in known and k not in own}
+        fusion, given = self._fused(
+            options.pop("fuse", None), options.pop("fuse_mode", "auto"), options.get("law"), given
+        )
+        options |= given
+        whole = fusion is not None or own_loop(options.get("drafter", "auto")) is not None
+        if fusion is not None:
+            options["fuse"] = fusion
         strategy = options.get("strategy")
         if strategy is not None and not whole:
-            known = inspect.signature(self._job).parameters
-            given = {k: v for k, v in options.items() if k not in known and k != "strategy"}
             pieces, sampling = self._strategy(
                 strategy, options.get("drafter", "auto"), options.get("law"), given
             )
@@ -520,6 +564,23 @@ class Model:
                 f"the prompt holds token ids outside the vocabulary of {self.target.vocab_size}"
             )
         return ids.cpu()
+
+    def _fused(
+        self, fuse: Any, mode: str, law: Law | None, sampling: dict[str, Any]
+    ) -> tuple[Fuse | None, dict[str, Any]]:
+        """A fusion that has a loop of its own, or the options of the law with the fusion in it."""
+        if fuse is None:
+            return None, sampling
+        fusion = Fuse.of(fuse, mode)
+        reshapes = fusion.reshapes(self)
+        if not reshapes:
+            return fusion, sampling
+        if law is not None:
+            raise InvalidInputError(
+                "a fusion and a complete law do not go together; give the law the reshapes of "
+                "isthmus.decoding.fusion"
+            )
+        return None, {**sampling, "reshapes": (*sampling.get("reshapes", ()), *reshapes)}
 
     def _strategy(
         self,
@@ -732,6 +793,12 @@ def constrained_law(reshape: Constrained, sampling: dict[str, Any]) -> Law:
     """The law of some sampling options under a constraint."""
     others: tuple[Reshape, ...] = tuple(sampling.get("reshapes", ()))
     return Law(**{**sampling, "reshapes": (*others, reshape)})
+
+
+def _changed(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """Sampling options that change something, besides the temperature."""
+    left = {k: v for k, v in sampling.items() if k != "temperature"}
+    return {k: v for k, v in left.items() if v != NEUTRAL.get(k)}
 
 
 def _no(who: str, **options: Any) -> None:

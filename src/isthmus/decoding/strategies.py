@@ -22,7 +22,16 @@ from typing import Any, ClassVar, Literal, get_args, get_origin
 
 from transformers.generation import logits_process as lp
 
-from isthmus.decoding import beam, contrast, dola, fsd, lookahead, rerank, truncation
+from isthmus.decoding import (
+    beam,
+    contrast,
+    correction,
+    dola,
+    fsd,
+    lookahead,
+    rerank,
+    truncation,
+)
 from isthmus.decoding.law import StableTopP
 from isthmus.decoding.truncation import Warp
 from isthmus.errors import InvalidInputError, UnknownNameError
@@ -288,6 +297,29 @@ class DoLa(Strategy):
 
 
 @dataclass(frozen=True)
+class DeCo(Strategy):
+    """The most confident middle layer mixed into the last one."""
+
+    name: ClassVar[str] = "deco"
+    rule: ClassVar[str] = "z_L + alpha m z_A on candidates, A the middle layer that is surest (m)"
+
+    alpha: float = 0.6
+    top_p: float = 0.9
+    top_k: int = 20
+    low: float = 0.625
+    high: float = 0.875
+    temperature: float = 0.0
+
+    def pieces(self, model: Any) -> Pieces:
+        """The correction between layers."""
+        _within(self, "temperature", 0.0, 100.0)
+        law = correction.Correction(
+            model.target, self.alpha, self.top_p, self.top_k, self.low, self.high
+        )
+        return Pieces((law,), self.temperature)
+
+
+@dataclass(frozen=True)
 class FSD(Strategy):
     """Greedy, away from what an n-gram model of the text so far predicts."""
 
@@ -427,6 +459,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
         ContrastiveSearch,
         ContrastiveDecoding,
         DoLa,
+        DeCo,
         FSD,
         FSDVec,
         Beam,

@@ -226,10 +226,15 @@ class HubTarget:
             encoded: Result of :meth:`encode`.
             taps: Inner states to return too.
             last_only: Compute the logits of the last token only.
+
+        Raises:
+            UnsupportedModelError: Attention weights are asked for, and this model gives none.
         """
         kwargs: dict[str, Any] = {self._cache_name: cache, "use_cache": cache is not None}
         if taps:
             kwargs["output_hidden_states"] = True
+        if taps and taps.cross_attention:
+            kwargs["output_attentions"] = self._check_attention()
         if last_only and self._takes_logits_to_keep:
             kwargs["logits_to_keep"] = 1
         if self.encoder_decoder:
@@ -247,7 +252,23 @@ class HubTarget:
         states = out.decoder_hidden_states if self.encoder_decoder else out.hidden_states
         depth = len(states) - 1  # the last one is after the final norm
         layers = {i: last[0] if i == depth else states[i] for i in taps.layers}
-        return Scores(out.logits, Features(states[-1] if taps.final else None, layers))
+        across = None
+        if taps.cross_attention:  # L of [B, H, N, S]
+            across = torch.stack(out.cross_attentions, 1).permute(0, 3, 1, 2, 4)
+        return Scores(out.logits, Features(states[-1] if taps.final else None, layers, across))
+
+    def _check_attention(self) -> bool:
+        """Whether the model gives its cross-attention weights, which fused kernels do not have.
+
+        Raises:
+            UnsupportedModelError: It does not.
+        """
+        if not self.encoder_decoder or self.config._attn_implementation != "eager":
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} gives no attention weights over a source; use an "
+                "encoder-decoder model with model.set_attn_implementation('eager')"
+            )
+        return True
 
     @contextmanager
     def _leaving_last_layer(self, taps: Taps | None, out: list[torch.Tensor]) -> Iterator[None]:
@@ -433,7 +454,10 @@ def join_features(parts: Sequence[Features]) -> Features:
         return parts[0]
     finals = [p.final for p in parts if p.final is not None]
     layers = {i: torch.cat([p.layers[i] for p in parts], 1) for i in parts[0].layers}
-    return Features(torch.cat(finals, 1) if finals else None, layers)
+    across = [p.cross_attention for p in parts if p.cross_attention is not None]
+    return Features(
+        torch.cat(finals, 1) if finals else None, layers, torch.cat(across, 1) if across else None
+    )
 
 
 def cut_features(features: Features | None, nodes: slice) -> Features | None:

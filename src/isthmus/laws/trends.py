@@ -1,4 +1,4 @@
-"""Growth by year, and whether two lists are in the same order."""
+"""Growth by year, growth towards a bound, and whether two lists are in the same order."""
 
 from __future__ import annotations
 
@@ -85,6 +85,68 @@ def read_table(path: str | Path = TABLE) -> dict[str, Trend]:
         ) from error
     years = columns.pop("year")
     return {name: trend(years, values) for name, values in columns.items()}
+
+
+@dataclass(frozen=True)
+class Saturation:
+    """The law ``y = b - a x ** -gamma``: growth towards a bound.
+
+    Attributes:
+        a: How far below the bound y is at x = 1.
+        gamma: How fast it comes near.
+        b: The bound.
+        r2: Share of the variance of the points that the law explains.
+    """
+
+    a: float
+    gamma: float
+    b: float
+    r2: float
+
+    def __call__(self, x: float) -> float:
+        """Value of the law."""
+        return float(self.b - self.a * x**-self.gamma)
+
+
+def saturation(x: Sequence[float], y: Sequence[float], *, least: float = 0.05) -> Saturation:
+    """Fit growth towards a bound by least squares.
+
+    For each gamma the rest is linear, so gammas are tried on a grid and then on a finer one.
+
+    Args:
+        x: Above 0, at least three different ones.
+        y: As many.
+        least: Lower bound of a, gamma and b.
+
+    Raises:
+        InvalidInputError: There are too few points.
+
+    Example:
+        >>> law = saturation([1, 2, 4, 16], [0.1, 0.2, 0.25, 0.2875])
+        >>> [round(v, 3) for v in (law.a, law.gamma, law.b, law.r2)]
+        [0.2, 1.0, 0.3, 1.0]
+    """
+    xs, ys = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    if len(xs) != len(ys) or len(set(x)) < 3 or xs.min() <= 0:
+        raise InvalidInputError("this law needs values at three or more different x above 0")
+
+    def at(gamma: float) -> tuple[float, float, float, float]:
+        u = xs**-gamma
+        spread = float(((u - u.mean()) ** 2).sum())
+        slope = float(((u - u.mean()) * (ys - ys.mean())).sum()) / max(spread, 1e-300)
+        a = max(least, -slope)
+        b = float((ys + a * u).mean())
+        if b < least:
+            b = least
+            a = max(least, float(((b - ys) * u).sum() / (u * u).sum()))
+        return float(((b - a * u - ys) ** 2).sum()), a, gamma, b
+
+    coarse = np.geomspace(least, 20.0, 300)
+    place = int(np.argmin([at(float(g))[0] for g in coarse]))
+    fine = np.linspace(coarse[max(place - 1, 0)], coarse[min(place + 1, 299)], 4001)
+    error, a, gamma, b = min(at(float(g)) for g in fine)
+    whole = float(((ys - ys.mean()) ** 2).sum())
+    return Saturation(a, gamma, b, 1.0 - error / whole if whole else 0.0)
 
 
 def rank_correlation(a: Iterable[float], b: Iterable[float]) -> float:

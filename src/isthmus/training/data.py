@@ -5,6 +5,8 @@ new medium adds one entry to :data:`KINDS`::
 
     texts   one document           .txt .md .rst .py (a file each), .jsonl with a field "text"
     pairs   a source and its target .tsv .csv (two columns), .jsonl with "source" and "target"
+    pictures  a picture             .png .jpg ... (a file each)
+    masks   a picture and its mask  x.jpg and x.mask.png, or images/x.jpg and masks/x.png
     spoken  sound and its text      .tsv .csv (file, text), .jsonl with "audio" and "text"
     noisy   sound, noisy and clean  .tsv .csv (two files), .jsonl with "noisy" and "clean"
     translated  sound, its text and a translation  .jsonl with "audio", "language", "text",
@@ -25,6 +27,7 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from isthmus.errors import BrokenFileError, InvalidInputError, UnknownNameError, require
+from isthmus.signals import image
 from isthmus.signals.audio import Recording
 
 R = TypeVar("R")
@@ -124,6 +127,33 @@ def _pairs(path: Path, first: str = "source", second: str = "target") -> Iterato
             yield number, Pair(*(cell.strip() for cell in row))
 
 
+def _picture(path: Path) -> Iterator[Line]:
+    try:
+        image.size_of(path)
+        yield 1, image.PictureFile(path)
+    except BrokenFileError as error:
+        yield 1, BadRecord(str(error))
+
+
+def _masked(path: Path) -> Iterator[Line]:
+    if path.stem.endswith(".mask") or path.parent.name == "masks":
+        return
+    beside = path.with_name(f"{path.stem}.mask.png")
+    apart = path.parent.parent / "masks" / f"{path.stem}.png"
+    try:
+        mask = beside if beside.exists() else apart
+        if not mask.exists():
+            raise BadRecord(f"has no mask; it is looked for in {beside.name} and {apart}")
+        sizes = image.size_of(path), image.size_of(mask)
+        if sizes[0] != sizes[1]:
+            raise BadRecord(f"is {sizes[0]} pixels high and wide, its mask {mask} {sizes[1]}")
+        yield 1, image.MaskedFiles(path, mask)
+    except BrokenFileError as error:
+        yield 1, BadRecord(str(error))
+    except BadRecord as error:
+        yield 1, error
+
+
 def _spoken(path: Path) -> Iterator[Line]:
     yield from _with_sound(path, _pairs(path, "audio", "text"), lambda s, t: Spoken(s(), t))
 
@@ -187,6 +217,8 @@ KINDS: dict[str, Kind] = {
     "pairs": Kind(
         _pairs, (".tsv", ".csv", ".jsonl"), 'two columns, or .jsonl: "source" and "target"'
     ),
+    "pictures": Kind(_picture, image.SUFFIXES, "picture files"),
+    "masks": Kind(_masked, image.SUFFIXES, "x.jpg and x.mask.png, or images/x.jpg and masks/x.png"),
     "spoken": Kind(
         _spoken, (".tsv", ".csv", ".jsonl"), 'file and text, or .jsonl: "audio" and "text"'
     ),

@@ -91,11 +91,12 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamw-scale": AdamWScale,
     "adafactor": torch.optim.Adafactor,
+    "adadelta": torch.optim.Adadelta,
     "sgd": torch.optim.SGD,
 }
 
-PLAIN = ("adafactor", "sgd")
-"""Optimisers without two betas."""
+DECAYS = {"sgd": "momentum", "adadelta": "rho"}
+"""What the first beta is to optimisers with one decay."""
 
 
 def optimizer(
@@ -112,7 +113,7 @@ def optimizer(
         name: A key of :data:`OPTIMIZERS`.
         parameters: What is trained; weight decay spares vectors (biases and norms).
         lr: Peak learning rate.
-        betas: Decay of the moments; the first is the momentum of SGD.
+        betas: Decay of the moments; the first is SGD's momentum, Adadelta's rho.
         weight_decay: Of matrices and larger.
 
     Raises:
@@ -127,8 +128,8 @@ def optimizer(
     ]
     groups = [group for group in groups if group["params"]]
     options: dict[str, Any] = {"lr": lr}
-    if name == "sgd":
-        options["momentum"] = betas[0]
-    elif name not in PLAIN:
+    if name in DECAYS:
+        options[DECAYS[name]] = betas[0]
+    elif name != "adafactor":
         options["betas"] = betas
     return OPTIMIZERS[name](groups, **options)

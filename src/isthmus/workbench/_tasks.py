@@ -12,7 +12,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType, ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,11 +26,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from isthmus.workbench import dates, korean, pycode, sums
+from isthmus.workbench import dates, korean, pycode, slots, sums
 from isthmus.workbench._training import IGNORED, Course, Recipe, build, pack
+from isthmus.workbench.pycode import Split
 from isthmus.workbench.tokenizer import end_id
 
-TASKS: Mapping[str, ModuleType] = MappingProxyType({"sums": sums, "dates": dates, "korean": korean})
+TASKS: Mapping[str, ModuleType] = MappingProxyType(
+    {"sums": sums, "dates": dates, "korean": korean, "slots": slots}
+)
 """The data sets by name."""
 
 MARKED = 400
@@ -64,10 +67,11 @@ class TaskRecipe(Recipe):
 
     def course(self) -> Course:
         """What the trainer is to train."""
-        courses: dict[str, type[DatesCourse | PromptCourse]] = {
+        courses: dict[str, type[PairCourse | PromptCourse]] = {
             "sums": SumsCourse,
             "dates": DatesCourse,
             "korean": KoreanCourse,
+            "slots": SlotsCourse,
         }
         return courses[self.task](self)
 
@@ -212,8 +216,8 @@ class KoreanCourse(PromptCourse):
         return {"solved": round(right / count, 4), "problems": count}
 
 
-class DatesCourse:
-    """Written dates and their ISO forms for an encoder-decoder.
+class PairCourse:
+    """Sources and what is to be written of them, for an encoder-decoder.
 
     Args:
         recipe: Sizes and seed.
@@ -223,8 +227,14 @@ class DatesCourse:
         self.recipe = recipe
         self.tokenizer = recipe.tokenizer()
         self.end = end_id(self.tokenizer)
-        vocabulary = self.tokenizer.get_vocab()
-        self.start, self.pad = vocabulary[dates.START], vocabulary[dates.PAD]
+        self.start, self.pad = (
+            cast(int, token) for token in (self.tokenizer.bos_token_id, self.tokenizer.pad_token_id)
+        )
+
+    def draw(self, count: int, split: Split, seed: int | str = 0) -> Sequence[Any]:
+        """Examples of one part, with a ``source`` and a ``target`` each."""
+        drawn: Sequence[Any] = TASKS[self.recipe.task].examples(count, split, seed=seed)
+        return drawn
 
     def build(self) -> nn.Module:
         """An mBART (norms before each part: it learns far sooner than BART), without dropout."""
@@ -269,11 +279,11 @@ class DatesCourse:
         recipe = self.recipe
         step = start
         while True:
-            drawn = dates.examples(recipe.batch_size, "train", seed=f"{recipe.seed}/{step}")
+            drawn = self.draw(recipe.batch_size, "train", f"{recipe.seed}/{step}")
             step += 1
             yield self.collate(drawn)
 
-    def collate(self, drawn: Sequence[dates.Example]) -> tuple[Tensor, ...]:
+    def collate(self, drawn: Sequence[Any]) -> tuple[Tensor, ...]:
         """The tensors of some examples; see :meth:`batches`."""
         encode = self.tokenizer.backend_tokenizer.encode
         sources = [torch.tensor(encode(each.source).ids) for each in drawn]
@@ -285,16 +295,15 @@ class DatesCourse:
         return source, (source != self.pad).long(), target[:, :-1], labels
 
     def loss(self, model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
-        """Mean nats per character of the answers."""
+        """Mean nats per token of the answers."""
         source, mask, target, labels = batch
         logits = model(
             input_ids=source, attention_mask=mask, decoder_input_ids=target, use_cache=False
         ).logits
         return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
 
-    def marks(self, model: Any, count: int) -> dict[str, Any]:
-        """Share of held-out dates that are written right, greedily."""
-        drawn = dates.examples(count, "held-out")
+    def answers(self, model: Any, drawn: Sequence[Any]) -> list[str]:
+        """What a model writes of some sources, greedily."""
         source, mask, _, _ = self.collate(drawn)
         device = next(model.parameters()).device
         out = model.generate(
@@ -302,8 +311,31 @@ class DatesCourse:
             attention_mask=mask.to(device),
             do_sample=False,
             num_beams=1,
-            max_new_tokens=16,
+            max_new_tokens=self.recipe.sequence_length,
         )
-        texts = self.tokenizer.batch_decode(out, skip_special_tokens=True)
+        return list(self.tokenizer.batch_decode(out, skip_special_tokens=True))
+
+    def marks(self, model: Any, count: int) -> dict[str, Any]:
+        """How well a model writes of held-out sources."""
+        raise NotImplementedError
+
+
+class DatesCourse(PairCourse):
+    """Written dates and their ISO forms."""
+
+    def marks(self, model: Any, count: int) -> dict[str, Any]:
+        """Share of held-out dates that are written right, greedily."""
+        drawn = self.draw(count, "held-out")
+        texts = self.answers(model, drawn)
         right = sum(dates.check(each, text) for each, text in zip(drawn, texts, strict=True))
         return {"solved": round(right / count, 4), "problems": count}
+
+
+class SlotsCourse(PairCourse):
+    """Lists of slots and texts that say them."""
+
+    def marks(self, model: Any, count: int) -> dict[str, Any]:
+        """Slot error rate of texts of held-out meanings, greedily."""
+        drawn = self.draw(count, "held-out")
+        rate = slots.error_rate([each.meaning for each in drawn], self.answers(model, drawn))
+        return {"slot_error_rate": round(rate, 4), "problems": count}

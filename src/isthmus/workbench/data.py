@@ -14,7 +14,8 @@ from typing import Any
 from isthmus.errors import InvalidInputError, UnknownNameError
 from isthmus.signals.audio import Recording
 from isthmus.training.data import Data, Noisy, Pair, Spoken, Translated, read, read_hub
-from isthmus.workbench import dates, pycode, speech
+from isthmus.workbench import codesearch, dates, numbers, pycode, speech
+from isthmus.workbench.scene_masks import NAMED, MaskedScene, masked_scenes
 
 PREFIX, HUB = "workbench:", "hub:"
 
@@ -74,8 +75,32 @@ def _noisy(count: int, held_out: int) -> Data[Noisy]:
     return Data(pairs("train", count), pairs("accent", held_out))
 
 
+def _scenes() -> Data[MaskedScene]:
+    return Data(masked_scenes(40_000, "train"), masked_scenes(200, "held-out"))
+
+
+def _named_scenes() -> Data[MaskedScene]:
+    return Data(
+        masked_scenes(20_000, "train", NAMED),
+        masked_scenes(500, "held-out", NAMED),
+    )
+
+
+def _docstrings() -> Data[Pair]:
+    train = codesearch.pairs("train")
+    known = set(train)
+    valid = [p for p in codesearch.pairs("dev") if p not in known]
+    return Data(train, valid)
+
+
 SOURCES: dict[str, Source] = {
     "dates": Source("pairs", _dates, "dates in fifteen languages and their ISO form"),
+    "numbers": Source("pairs", numbers.data, "numbers in words of four languages, and digits"),
+    "scene-masks": Source("masks", _scenes, "rendered shapes and the class of every pixel"),
+    "named-scenes": Source("pictures", _named_scenes, "small pictures of one shape each"),
+    "docstrings": Source(
+        "pairs", _docstrings, "first paragraphs of docstrings, and the text or code that follows"
+    ),
     "pycode": Source("texts", lambda: _pycode(1), "source of Python's standard library"),
     "pycode-tenth": Source("texts", lambda: _pycode(10), "every tenth file of it"),
     "noisy": Source("noisy", lambda: _noisy(400, 24), "speech in white, pink, brown noise and hum"),

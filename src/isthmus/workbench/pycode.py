@@ -140,6 +140,15 @@ def texts(split: Split) -> list[str]:
     return [corpus[path] for path in _select(split)]
 
 
+def modules() -> dict[PurePosixPath, str]:
+    """Path and text of every module that is no test, of both splits, in a fixed order.
+
+    Raises:
+        IsthmusError: This interpreter has no standard-library source.
+    """
+    return {path: text for path, text in _corpus().items() if not _is_test(path)}
+
+
 def training_texts(library_repeats: int) -> list[str]:
     """Documents of one epoch of training, modules repeated, tests once.
 

@@ -20,19 +20,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import torch
-
 from isthmus.claims import Claim, Gate, Row, Ruler, Scale, judge
-from isthmus.decoding.contrast import behind
+from isthmus.decoding.correction import Correction
 from isthmus.decoding.dola import DoLa
-from isthmus.decoding.early_logits import EarlyLogits
 from isthmus.decoding.model import Model
-from isthmus.decoding.reshape import Pure
 from isthmus.decoding.target import HubTarget
-from isthmus.decoding.tree import TokenTree
-from isthmus.errors import InvalidInputError
 from isthmus.models.hub import load_checkpoint
-from isthmus.roles import Context
 from isthmus.workbench import captions
 
 
@@ -55,28 +48,13 @@ class Settings:
     high: float = 0.875
 
 
-def candidates(logits: torch.Tensor, top_p: float, top_k: int) -> torch.Tensor:
-    """The smallest set of likeliest tokens with that much probability, at most k, bool [..., V].
-
-    Example:
-        >>> candidates(torch.tensor([0.5, 0.3, 0.15, 0.05]).log(), 0.7, 3).tolist()
-        [True, True, False, False]
-    """
-    values, index = torch.softmax(logits, -1).topk(min(top_k, logits.shape[-1]), dim=-1)
-    inside = values.cumsum(-1) - values < top_p
-    return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, index, inside)
-
-
-class Deco(Pure):
-    """The correction as a reshape; drafts go with it, for its law at a node needs nothing else.
+class Deco(Correction):
+    """The correction with its settings.
 
     Args:
         target: The model.
         settings: See :class:`Settings`.
         layers: Middle layers, instead of those of the settings.
-
-    Attributes:
-        anchors: Layer A of every node in the last call, int64 [B, N].
 
     Raises:
         InvalidInputError: A setting out of range, or no layer between ``low`` and ``high``.
@@ -91,37 +69,13 @@ class Deco(Pure):
         settings: Settings | None = None,
         layers: Sequence[int] | None = None,
     ) -> None:
-        self.settings = given = settings or Settings()
-        if not (0 < given.top_p <= 1 and given.top_k >= 1 and 0 <= given.low <= given.high <= 1):
-            raise InvalidInputError(f"deco needs 0 < top_p <= 1 and 0 <= low <= high <= 1: {given}")
-        count = target.num_layers
-        if layers is None:
-            layers = [i for i in range(count) if given.low <= i / count <= given.high]
-        if not layers:
-            raise InvalidInputError(
-                f"no layer of {count} lies between {given.low} and {given.high} of the depth; "
-                "widen low and high"
-            )
-        self.early = EarlyLogits(target, layers)
-        self.taps = self.early.taps
-        self.anchors: torch.Tensor | None = None
+        self.settings = settings or Settings()
+        super().__init__(target, **vars(self.settings), layers=layers)
 
     @classmethod
     def for_model(cls, model: Any) -> Deco:
         """For a loaded model."""
         return cls(model.target)
-
-    def __call__(self, logits: torch.Tensor, tree: TokenTree, context: Context) -> torch.Tensor:
-        """See :class:`isthmus.roles.Reshape`."""
-        assert context.features is not None
-        early = self.early(context.features).to(logits)  # [B, N, J, V]
-        among = candidates(logits, self.settings.top_p, self.settings.top_k)
-        sure = torch.softmax(early, -1).masked_fill(~among[:, :, None], 0.0).amax(-1)
-        most, best = sure.max(-1)  # [B, N]
-        self.anchors = torch.tensor(self.early.layers, device=best.device)[best]
-        anchor = early.gather(2, best[..., None, None].expand(-1, -1, 1, early.shape[-1]))
-        mixed = logits + self.settings.alpha * most[..., None] * anchor[:, :, 0]
-        return behind(mixed.masked_fill(~among, -torch.inf), logits)
 
 
 def claim(ruler: Ruler, scale: Scale = "small") -> Claim:

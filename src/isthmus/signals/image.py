@@ -1,0 +1,228 @@
+"""Images: files in and out by Pillow, as tensors; records of pictures and of their masks.
+
+A picture is uint8 [3, H, W]. A mask is uint8 [H, W], the number of a class at every pixel;
+:data:`IGNORED` marks pixels that nobody has labelled. Pillow is in the extra ``codec``.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from isthmus.errors import BrokenFileError, InvalidInputError, require
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+"""Files that are taken for pictures."""
+
+IGNORED = 255
+"""The class of pixels without a label."""
+
+MAX_PIXELS = 1 << 26
+"""A file that says it has more is refused before anything is decoded."""
+
+
+@runtime_checkable
+class Pictured(Protocol):
+    """A record that has a picture."""
+
+    def picture(self) -> Tensor:
+        """The picture, uint8 [3, H, W]."""
+        ...
+
+
+@runtime_checkable
+class Masked(Pictured, Protocol):
+    """A record that has a picture and a class for each of its pixels."""
+
+    def mask(self) -> Tensor:
+        """The classes, uint8 [H, W]."""
+        ...
+
+
+@dataclass(frozen=True)
+class PictureFile:
+    """A picture in a file, read when it is needed."""
+
+    path: Path
+
+    def picture(self) -> Tensor:
+        """The picture, uint8 [3, H, W]."""
+        return read_image(self.path)
+
+
+@dataclass(frozen=True)
+class MaskedFiles(PictureFile):
+    """A picture and its mask, in two files."""
+
+    mask_path: Path
+
+    def mask(self) -> Tensor:
+        """The classes, uint8 [H, W]."""
+        return read_mask(self.mask_path)
+
+
+def read_image(path: str | Path) -> Tensor:
+    """Read a picture.
+
+    Args:
+        path: A file of any format that Pillow knows; transparent pixels lie on white, and the
+            orientation that a camera noted is applied.
+
+    Returns:
+        uint8 [3, H, W].
+
+    Raises:
+        BrokenFileError: It is missing, no picture, cut short, or claims to be huge.
+        MissingExtraError: Pillow is not installed.
+    """
+    with _opened(path) as image:
+        image = require("PIL.ImageOps", "codec").exif_transpose(image)
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            white = require("PIL.Image", "codec").new("RGBA", image.size, "white")
+            white.alpha_composite(image)
+            image = white
+        elif image.mode.startswith("I;16") or image.mode == "I":
+            image = image.point(lambda v: v / 256).convert("L")
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+
+
+def read_mask(path: str | Path) -> Tensor:
+    """Read a mask: a picture whose grey value, or palette entry, is the class of a pixel.
+
+    Returns:
+        uint8 [H, W].
+
+    Raises:
+        BrokenFileError: As for :func:`read_image`, or its pixels have several values each.
+    """
+    with _opened(path) as image:
+        if image.mode not in ("L", "P", "1"):
+            raise BrokenFileError(
+                f"{path} has pixels of the kind {image.mode}; a mask holds the number of a class "
+                "at every pixel: 8-bit grey or palette"
+            )
+        return torch.from_numpy(np.array(image.convert("L") if image.mode == "1" else image))
+
+
+def size_of(path: str | Path) -> tuple[int, int]:
+    """Height and width that a file names, without decoding it.
+
+    Raises:
+        BrokenFileError: It is no picture.
+    """
+    with _opened(path, decode=False) as image:
+        return int(image.height), int(image.width)
+
+
+def write_image(path: str | Path, picture: Tensor) -> None:
+    """Write a picture in the format of the file's suffix.
+
+    Args:
+        path: The file.
+        picture: uint8 [3, H, W], or float [3, H, W] from 0 to 1.
+
+    Raises:
+        InvalidInputError: It is no such tensor, or the suffix stands for no format.
+        OSError: The file cannot be written.
+    """
+    if picture.ndim != 3 or picture.shape[0] != 3:
+        raise InvalidInputError(f"a picture is a tensor [3, H, W], got {list(picture.shape)}")
+    if picture.is_floating_point():
+        picture = (picture.clamp(0, 1) * 255).round().to(torch.uint8)
+    image = require("PIL.Image", "codec").fromarray(picture.cpu().permute(1, 2, 0).numpy())
+    _write(path, image)
+
+
+def write_mask(path: str | Path, mask: Tensor) -> None:
+    """Write a mask as a palette picture: viewers show colours, readers get the classes.
+
+    Args:
+        path: A file that ends in ``.png``.
+        mask: Integers [H, W] from 0 to 255.
+
+    Raises:
+        InvalidInputError: It is no such tensor, or another suffix.
+        OSError: The file cannot be written.
+    """
+    if Path(path).suffix.lower() != ".png":
+        raise InvalidInputError(f"masks are written as .png, which keeps every value; got {path}")
+    if mask.ndim != 2 or mask.is_floating_point():
+        raise InvalidInputError(f"a mask is a tensor [H, W] of integers, got {list(mask.shape)}")
+    image = require("PIL.Image", "codec").fromarray(mask.cpu().to(torch.uint8).numpy())
+    image.putpalette([value for colour in palette(256) for value in colour])
+    _write(path, image)
+
+
+def palette(count: int) -> list[tuple[int, int, int]]:
+    """Colours of classes: black for class 0, then hues a fifth of a turn apart, never the same.
+
+    Example:
+        >>> palette(3)
+        [(0, 0, 0), (230, 129, 46), (111, 230, 46)]
+    """
+    hues = [(0.075 + 0.618034 * i / 3.1) % 1.0 for i in range(count - 1)]
+    colours = [colorsys.hsv_to_rgb(h, 0.8, 0.9) for h in hues]
+    return [(0, 0, 0), *((round(255 * r), round(255 * g), round(255 * b)) for r, g, b in colours)]
+
+
+def resize(picture: Tensor, size: tuple[int, int]) -> Tensor:
+    """A picture at another height and width.
+
+    Args:
+        picture: uint8 [3, H, W], resampled bilinearly without aliases, or a mask, integers
+            [H, W], by the nearest pixel.
+        size: Height and width.
+
+    Example:
+        >>> resize(torch.tensor([[1, 2], [3, 4]]), (1, 2)).shape
+        torch.Size([1, 2])
+    """
+    if tuple(picture.shape[-2:]) == tuple(size):
+        return picture
+    if picture.ndim == 2:
+        kept = F.interpolate(picture[None, None].float(), size=size, mode="nearest-exact")
+        return kept[0, 0].to(picture.dtype)
+    small = F.interpolate(picture[None].float(), size=size, mode="bilinear", antialias=True)
+    return small[0].round().clamp(0, 255).to(picture.dtype)
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path, *, decode: bool = True) -> Iterator[Any]:
+    image_module = require("PIL.Image", "codec")
+    try:
+        with image_module.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise BrokenFileError(
+                    f"{path} says it has {image.width} x {image.height} pixels; at most "
+                    f"{MAX_PIXELS} are read"
+                )
+            if decode:
+                image.load()
+            yield image
+    except FileNotFoundError as error:
+        raise BrokenFileError(f"{path} is not there") from error
+    except image_module.UnidentifiedImageError as error:
+        raise BrokenFileError(f"{path} is no picture that Pillow can read") from error
+    except image_module.DecompressionBombError as error:
+        raise BrokenFileError(f"{path} says it is huge; at most {MAX_PIXELS} pixels") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise BrokenFileError(f"{path} cannot be read as a picture ({error})") from error
+
+
+def _write(path: str | Path, image: Any) -> None:
+    try:
+        image.save(path)
+    except ValueError as error:
+        raise InvalidInputError(
+            f"{path} has no suffix of a picture; use one of {', '.join(SUFFIXES)}"
+        ) from error

@@ -1,0 +1,1 @@
+"""Retrieval: a document through one vector, or through a few, beside its words."""
