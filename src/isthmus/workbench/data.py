@@ -1,7 +1,7 @@
 """Data sets that the workbench makes, by name, in the shape that training reads.
 
 >>> data("workbench:dates", "pairs").valid[0]
-Pair(source='24 апреля 1900 года', target='1900-04-24')
+Pair(source='9 grudnia 2064 r.', target='2064-12-09')
 """
 
 from __future__ import annotations

@@ -187,8 +187,8 @@ class OwsmCtc(TrainedSystem):
             "workbench:speech-multi-few",
         ),
         "small": Scale(
-            Settings(40, 96, 5, 4, 15, 16, (2, 3, 4), (2, 3), batch_size=32),
-            Plan(500, learning_rate=2e-3, warmup_steps=50, weight_decay=1e-2, validate_every=250),
+            Settings(40, 64, 5, 4, 15, 16, (2, 3, 4), (2, 3), batch_size=16),
+            Plan(900, learning_rate=4e-3, warmup_steps=50, weight_decay=1e-2, validate_every=450),
             "workbench:speech-multi",
         ),
         "paper": Scale(
