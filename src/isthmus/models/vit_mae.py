@@ -40,6 +40,20 @@ TOKENS = {
     "placeholder": "placeholder",
 }
 
+FIELDS = {
+    "side": "image_size",
+    "patch": "patch_size",
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "decoder_width": "decoder_hidden_size",
+    "decoder_layers": "decoder_num_hidden_layers",
+    "decoder_heads": "decoder_num_attention_heads",
+    "mask_ratio": "mask_ratio",
+    "norm_pixels": "norm_pix_loss",
+}
+"""What a system calls a size, and its name in a configuration of transformers."""
+
 
 def file_name(name: str) -> str:
     """The name that a weight of a masked image model has in a file of transformers.

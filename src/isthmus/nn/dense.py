@@ -93,14 +93,14 @@ def make_atrous(stages: Sequence[nn.Module], output_stride: int, *, entered: int
             )
         held = stride * step > output_stride  # this stage trades its stride
         behind = dilation * (step if held else 1)
-        now = dilation if any(c.stride[0] > 1 for c in convs) else behind
         last = max((i for i, c in enumerate(convs) if _steps(c)), default=-1)
         for i, c in enumerate(convs):
-            rate = (now if i <= last else behind) if held or dilation > 1 else 1
+            rate = dilation if i <= last else behind
             if held:
                 c.stride = (1, 1)
-            c.dilation = (rate, rate)
-            c.padding = tuple(rate * (k - 1) // 2 for k in c.kernel_size)
+            if rate > 1:
+                c.dilation = (rate, rate)
+                c.padding = tuple(rate * int(p) for p in c.padding)
         dilation, stride = behind, stride if held else stride * step
     return stride
 

@@ -170,6 +170,12 @@ def masked_scenes(count: int, split: Split = "train", spec: Spec = SEGMENTS) -> 
     return [MaskedScene(spec, split, i) for i in range(count)]
 
 
+def named_scenes(count: int, split: Split = "train") -> tuple[Tensor, Tensor]:
+    """Pictures of one shape each, uint8 [B, 3, 48, 48], and its number among the shapes [B]."""
+    scenes = masked_scenes(count, split, NAMED)
+    return torch.stack([s.picture() for s in scenes]), torch.tensor([s.name - 1 for s in scenes])
+
+
 @functools.lru_cache(maxsize=2)  # a picture and its mask are asked for one after the other
 def _drawn(scene: MaskedScene) -> tuple[Tensor, Tensor]:
     spec, rng = scene.spec, _source(scene)
