@@ -9,6 +9,9 @@ Differs: The encoder starts from nothing instead of BERT-large: token vectors, a
     states, where the paper takes the states of its first m tokens; vectors have length 1 and
     scores a temperature. Negatives are those of the batch: rounds of mined ones, and
     cross-attention as an upper bound, are left out.
+
+>>> fuse([{"q": {"a": 2.0, "b": 1.0}}, {"q": {"a": 0.25, "b": 0.5}}], weights=[1.0, 4.0])["q"]
+{'a': 3.0, 'b': 3.0}
 """
 
 from __future__ import annotations
