@@ -562,6 +562,27 @@ class RoundTrace:
     parents: tuple[int, ...] = field(default=(), repr=False)
 
 
+@runtime_checkable
+class Index(Protocol):
+    """Documents under ids, searched by representations: vectors, several vectors, or words.
+
+    Attributes:
+        exact: Whether a search finds the best documents for certain.
+        ids: Ids in the order they were added.
+    """
+
+    exact: bool
+    ids: list[str]
+
+    def add(self, ids: Sequence[str], reps: Any) -> None:
+        """Add documents, each under an id that is new to the index."""
+        ...
+
+    def search(self, reps: Any, k: int = 10) -> tuple[list[list[str]], Any]:
+        """Ids [Q][k] and falling scores [Q, k]; equal scores come in the order of ids."""
+        ...
+
+
 @dataclass
 class Loss:
     """What one batch taught.

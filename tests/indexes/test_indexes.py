@@ -18,6 +18,7 @@ from isthmus.indexes.dense import DenseIndex
 from isthmus.indexes.fusion import best_weight, fuse
 from isthmus.indexes.multi_vector import MultiVectorIndex
 from isthmus.indexes.sparse import SparseIndex, bag, words
+from isthmus.roles import Index
 
 RNG = np.random.default_rng(0)
 VECTORS = RNG.normal(size=(300, 16)).astype(np.float32)
@@ -110,6 +111,11 @@ def test_learnt_sparse_vectors_are_an_inner_product() -> None:
     ids, scores = index.search([{"y": 2.0, "x": 1.0}, {"z": 1.0}], 3)
     assert ids == [["a", "b", "c"], ["a", "b", "c"]]
     assert scores.tolist() == [[5.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("kind", [DenseIndex, SparseIndex, MultiVectorIndex])
+def test_all_play_the_role(kind: type) -> None:
+    assert isinstance(kind(), Index)
 
 
 def test_words_of_code() -> None:

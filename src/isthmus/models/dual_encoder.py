@@ -1,10 +1,11 @@
-"""One transformer for queries and documents: a query is one vector, a document m of them.
+"""One encoder for queries and documents: a query is one vector, a document m of them.
 
 ::
 
-    <query> w w w   ──▶ state of the marker          ──projection──▶ q    [k]
-    <1> .. <m> w w  ──▶ states of the m markers      ──projection──▶ d_j  [m, k]
+    w w w ──▶ tokens [T, D] ──layers──▶ states ──m weighted means──▶ [m, D] ──projection──▶ [m, k]
     score = max_j <q, d_j>
+
+Before it is trained it is a random projection of the bag of words, rare words weighing more.
 """
 
 from __future__ import annotations
@@ -13,24 +14,25 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import nn
 
 from isthmus.errors import InvalidInputError
+
+RARE = 1e-3
+"""A word of this frequency weighs half of one that is never seen (Arora et al., 2017)."""
 
 
 class DualEncoder(nn.Module):
     """Queries and documents as vectors of length 1.
 
     Args:
-        vocab_size: Tokens V; markers follow them.
+        vocab_size: Tokens V; id 0 pads and counts nowhere.
         vectors: Vectors m of a document.
         dimension: Numbers k of a vector.
         hidden_size: Width D.
-        num_layers: Layers.
+        num_layers: Layers of a transformer over the tokens; with none a text is a bag of words.
         num_heads: Attention heads.
-        max_length: Longest text in tokens, markers not counted.
-        dropout: Dropout.
+        max_length: Longest text in tokens.
     """
 
     def __init__(
@@ -40,27 +42,41 @@ class DualEncoder(nn.Module):
         vectors: int = 1,
         dimension: int = 64,
         hidden_size: int = 128,
-        num_layers: int = 2,
+        num_layers: int = 1,
         num_heads: int = 4,
         max_length: int = 512,
-        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if vectors < 1:
             raise InvalidInputError(f"a document has at least 1 vector, got {vectors}")
-        self.vocab_size, self.vectors, self.max_length = vocab_size, vectors, max_length
-        config = transformers.BertConfig(
-            vocab_size=vocab_size + 1 + vectors,
-            hidden_size=hidden_size,
-            num_hidden_layers=num_layers,
-            num_attention_heads=num_heads,
-            intermediate_size=4 * hidden_size,
-            max_position_embeddings=max_length + vectors,
-            hidden_dropout_prob=dropout,
-            attention_probs_dropout_prob=dropout,
+        self.vectors, self.max_length = vectors, max_length
+        self.tokens = nn.Embedding(vocab_size, hidden_size)
+        self.places = nn.Embedding(max_length, hidden_size)
+        self.weights = nn.Embedding(vocab_size, 1)  # logarithms
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                hidden_size, num_heads, 4 * hidden_size, 0.0, batch_first=True, norm_first=True
+            )
+            for _ in range(num_layers)
         )
-        self.encoder = transformers.BertModel(config, add_pooling_layer=False)
+        # row 0 looks at a query, the others each at a document
+        self.looks = nn.Linear(hidden_size, 1 + vectors, bias=False)
         self.projection = nn.Linear(hidden_size, dimension, bias=False)
+        nn.init.normal_(self.places.weight, std=0.02)
+        nn.init.zeros_(self.weights.weight)
+        nn.init.normal_(self.projection.weight, std=hidden_size**-0.5)
+        for layer in self.layers:  # each begins as the identity
+            nn.init.zeros_(layer.self_attn.out_proj.weight)  # type: ignore[union-attr, arg-type]
+            nn.init.zeros_(layer.linear2.weight)  # type: ignore[union-attr, arg-type]
+
+    def weigh(self, counts: torch.Tensor) -> None:
+        """Begin with weights ``a / (a + p)`` of tokens with frequencies p.
+
+        Args:
+            counts: How often each token is seen, [V].
+        """
+        share = counts.double() / counts.sum()
+        self.weights.weight.data[:, 0] = (RARE / (RARE + share)).log().float()
 
     def forward(self, texts: Sequence[Sequence[int]], *, query: bool = False) -> torch.Tensor:
         """Vectors [B, 1, k] of queries, or [B, m, k] of documents.
@@ -69,16 +85,18 @@ class DualEncoder(nn.Module):
             texts: Token ids; what is too long is cut.
             query: Whether they are queries.
         """
-        v, m = self.vocab_size, self.vectors
-        markers = [v] if query else list(range(v + 1, v + 1 + m))
-        rows = [torch.tensor([*markers, *ids[: self.max_length]]) for ids in texts]
-        device = self.projection.weight.device
-        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
-        lengths = torch.tensor([len(row) for row in rows], device=device)
-        mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
-        states = self.encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
-        vectors: torch.Tensor = self.projection(states[:, : len(markers)])
-        return F.normalize(vectors, dim=-1)
+        rows = [torch.tensor([*ids[: self.max_length]] or [0]) for ids in texts]
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.tokens.weight.device)
+        lengths = torch.tensor([len(row) for row in rows], device=ids.device)
+        place = torch.arange(ids.shape[1], device=ids.device)
+        absent = place >= lengths[:, None]
+        x = self.tokens(ids) + self.places(place)
+        for layer in self.layers:
+            x = layer(x, src_key_padding_mask=absent)
+        looks = self.looks(x)[..., :1] if query else self.looks(x)[..., 1:]
+        looks = (looks + self.weights(ids)).masked_fill(absent[..., None], -torch.inf)
+        means = torch.einsum("btm,btd->bmd", looks.softmax(1), x)
+        return F.normalize(self.projection(means), dim=-1)
 
 
 def best_match(queries: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
