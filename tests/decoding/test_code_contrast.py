@@ -99,3 +99,4 @@ def test_the_claim_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path))
     made = claim(Ruler(), "test")
     assert made.slug == "code-contrast" and len(made.rows) == 3
+    assert {g.name: g for g in made.gates}["idea off: CHAIR_i as greedy"].passed

@@ -132,7 +132,7 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
     """Objects that are named and not there, by kappa, chosen on other scenes."""
     del ruler
     small = scale != "test"
-    recipe = captions.RECIPE if small else replace(captions.RECIPE, steps=40)
+    recipe = captions.RECIPE if small else replace(captions.RECIPE, steps=10, batch_size=16)
     folder = captions.reference(recipe, describes=True)
     checkpoint = load_checkpoint(str(folder), dtype="float32")
     model = Model(checkpoint.model, checkpoint.tokenizer)
