@@ -5,6 +5,7 @@ Paper: S. Phan, Y. Miyao, D.-D. Le, S. Satoh, "Mining for meaning: from vision t
 Idea: Networks that see unlike things err in unlike places, so the sentence that is most like all
     the others is most likely right; a network that sees the clip chooses among the best few.
 Differs: Clips of one moving shape, captions by templates, and greedy captions instead of beams.
+    Fewer than three captions are refused instead of warned about.
     The judge is told the clip through an encoder of its own instead of ready features.
 
     U_ij = CIDEr-D(c_i; c_j),   s_i = mean over j != i of U_ij       (phase one)
@@ -25,7 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from isthmus.claims import Claim, Gate, Row, Ruler, Scale, judge
+from isthmus.claims import Claim, Gate, Row, Ruler, Scale, Status, judge
 from isthmus.decoding.rerank import consensus
 from isthmus.errors import InvalidInputError
 from isthmus.folders import kept, published
@@ -97,8 +98,7 @@ class CaptionConsensus:
         """Mean CIDEr-D of each caption against the others (phase one).
 
         Raises:
-            InvalidInputError: Fewer than three captions: two always support each other equally
-                little.
+            InvalidInputError: Fewer than three captions, which carry no consensus.
         """
         if len(captions) < 3:
             raise InvalidInputError(f"a consensus needs at least 3 captions, got {len(captions)}")
@@ -249,6 +249,11 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
     each = ", ".join(
         f"{r.encoder} {s:.2f}" for r, s in zip(six, scores.mean(0).tolist(), strict=True)
     )
+    status = judge(gates, direction)
+    why = (
+        "the best of the six networks is right nearly as often as the most that a vote of them can "
+        "be, and a vote is swayed by the weaker ones"
+    )
     return Claim(
         slug="caption-consensus",
         statement="The caption that those of five other architectures support most beats the best "
@@ -277,7 +282,8 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
         ),
         scale=scale,
         device="cpu",
-        status=judge(gates, direction),
+        status=status,
+        reason="" if status is Status.REPRODUCED else why,
         gates=gates,
         seeds=(0,),
         notes=(f"CIDEr-D of each network: {each}.",),
