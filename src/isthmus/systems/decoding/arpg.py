@@ -300,8 +300,8 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
         gates=gates,
         seeds=(0,),
         notes=(
-            f"{len(wanted)} images; both decoders have 0.2M parameters and as many lessons; one place "
-            f"a pass without guidance is {right - alone:.1f} points behind raster order.",
+            f"{len(wanted)} images; both decoders have 0.2M parameters and as many lessons; one "
+            f"place a pass without guidance is {right - alone:.1f} points behind raster order.",
             "guidance rises to the published 4.5 and doubles the work of a pass; raster order and "
             "rows in flight have none.",
         ),
