@@ -302,8 +302,8 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
         seeds=(0,),
         reason=""
         if gates[1].passed
-        else f"8 passes lose {one - found[8][0]:.1f} points: the first group of six places is "
-        f"drawn blindly; groups by the cosine begin with less and lose {one - cosine:.1f}",
+        else f"8 passes lose {one - found[8][0]:.1f} points; groups by the cosine, whose first and "
+        f"last are smaller, lose {one - cosine:.1f}",
         notes=(
             f"{len(wanted)} images; both decoders have 0.2M parameters and as many lessons; one "
             f"place a pass without guidance is {right - alone:.1f} points behind raster order.",
