@@ -347,5 +347,8 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
             f"32 states by rounds: {by_rounds}; with {ROUNDS} rounds by states: {by_states}.",
             f"Search errors: with 8 states {worse} of {len(asked)} texts are less likely under the "
             "model than those found with 32.",
+            "The answers were chosen so that four characters and their place tell which of them is "
+            "being written. With a sixth, 'the 4th of March 2021, Thursday', this does not hold, "
+            "and 4 rounds with 32 states wrote 57 of 60 dates right, the beam all of 200.",
         ),
     )
