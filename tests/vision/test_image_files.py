@@ -13,6 +13,7 @@ from PIL import Image
 
 from isthmus.errors import BrokenFileError, InvalidInputError
 from isthmus.signals.image import (
+    palette,
     read_image,
     read_mask,
     resize,
@@ -34,6 +35,8 @@ def test_pictures_and_masks_survive_a_file(tmp_path: Path) -> None:
     assert torch.equal(read_mask(tmp_path / "m.png"), mask.to(torch.uint8))
     seen = np.array(Image.open(tmp_path / "m.png").convert("RGB"))
     assert len({tuple(c) for row in seen for c in row}) == 35  # every class has its own colour
+    few = torch.tensor(palette(12)).float()
+    assert torch.pdist(few).min() > 40  # and the first ones can be told apart
 
 
 def test_alpha_grey_and_sixteen_bits_become_pixels(tmp_path: Path) -> None:

@@ -164,13 +164,13 @@ def write_mask(path: str | Path, mask: Tensor) -> None:
 
 
 def palette(count: int) -> list[tuple[int, int, int]]:
-    """Colours of classes: black for class 0, then hues a fifth of a turn apart, never the same.
+    """Colours of classes: black for class 0, then hues a golden cut of the circle apart.
 
     Example:
         >>> palette(3)
-        [(0, 0, 0), (230, 129, 46), (111, 230, 46)]
+        [(0, 0, 0), (230, 129, 46), (75, 46, 230)]
     """
-    hues = [(0.075 + 0.618034 * i / 3.1) % 1.0 for i in range(count - 1)]
+    hues = [(0.075 + 0.618034 * i) % 1.0 for i in range(count - 1)]
     colours = [colorsys.hsv_to_rgb(h, 0.8, 0.9) for h in hues]
     return [(0, 0, 0), *((round(255 * r), round(255 * g), round(255 * b)) for r, g, b in colours)]
 
