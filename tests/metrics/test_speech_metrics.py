@@ -51,12 +51,13 @@ def test_quality_of_identical_and_of_unusable_sounds() -> None:
     envelope = (torch.sin(2 * math.pi * 3 * t) > 0).float()
     voice = 0.3 * envelope * sum(torch.sin(2 * math.pi * f * t) for f in (200, 400, 1300))
     noisy = voice + 0.1 * torch.randn(32000, generator=torch.Generator().manual_seed(0))
-    assert pesq([voice], [voice]).mean == pytest.approx(4.644, abs=0.01)
     assert stoi([voice], [voice]).mean == pytest.approx(1, abs=1e-3)
-    assert pesq([noisy], [voice]).mean < 3
     bad = [torch.zeros(32000), torch.full((32000,), math.nan), voice[:1000], voice]
     true = [voice, voice, voice[:1000], voice]
-    for metric in (pesq, stoi):
-        found = metric(bad, true)
-        assert (found.judged, found.failed) == (1, 3)
-    assert math.isnan(pesq(bad[:1], true[:1]).mean)
+    found = stoi(bad, true)
+    assert (found.judged, found.failed) == (1, 3)
+    assert math.isnan(stoi(bad[:1], true[:1]).mean)
+    pytest.importorskip("pesq", reason="it is built from source")
+    assert pesq([voice], [voice]).mean == pytest.approx(4.644, abs=0.01)
+    assert pesq([noisy], [voice]).mean < 3
+    assert (pesq(bad, true).judged, pesq(bad, true).failed) == (1, 3)

@@ -145,9 +145,10 @@ def pesq(estimates: Sequence[torch.Tensor], truths: Sequence[torch.Tensor]) -> Q
         truths: The clean ones.
 
     Raises:
-        MissingExtraError: ``pesq`` is not installed.
+        MissingExtraError: ``pesq`` is not installed: it is built from source, so no other extra
+            brings it.
     """
-    package: Any = require("pesq", "speech")
+    package: Any = require("pesq", "pesq")
 
     def score(estimate: Any, truth: Any) -> float:
         return float(package.pesq(16000, truth, estimate, "wb"))
