@@ -16,6 +16,7 @@ from isthmus.systems.text.rnn_encoder_decoder import (
     RnnEncoderDecoder,
     accuracy,
     best_lists,
+    reachable,
     tuned,
 )
 from isthmus.training.data import Data, Pair
@@ -101,6 +102,7 @@ def test_a_phrase_table_counts_and_a_feature_decides_a_tie():
     assert accuracy(lists, [("9", "9")], (1.0, 0.0, 0.0)) == 0.0  # a tie goes to the first
     weights = tuned(lists, [("4", "9")], network=True)
     assert accuracy(lists, [("4", "9")], weights) == 1.0
+    assert reachable(lists, [("4", "9")]) == 1.0 and reachable(lists, [("4", "4")]) == 0.0
     assert tuned(lists, [("4", "9")], network=False)[2] == 0.0
 
 

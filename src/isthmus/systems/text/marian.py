@@ -227,7 +227,7 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
     gates = (
         Gate("greedy outputs as transformers'", float(same), ">=", 1.0),
         Gate("speed-up at batch 1", speed[1].median, ">=", 1.3),
-        Gate("lexical shortlist, guided alignment and ensembles measured", 0.0, ">=", 1.0),
+        Gate("speed-up by a lexical shortlist", None, ">=", 1.2),
     )
     return Claim(
         slug="marian",
@@ -238,7 +238,10 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
         scale=scale,
         device="cpu",
         status=judge(gates, gates[:2]),
+        reason="lexical shortlists, guided alignment and ensembles are not built yet",
         gates=gates,
         seeds=(0,),
-        notes=("Random weights, 24 source tokens, 32 target tokens, one end token not obeyed.",),
+        notes=(
+            "Random weights, 24 source and 32 target tokens; an end token does not end a text.",
+        ),
     )
