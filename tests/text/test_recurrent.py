@@ -8,17 +8,11 @@ import pytest
 import torch
 
 from isthmus.cli.main import main
+from isthmus.decoding.phrase_table import PhraseTable, accuracy, best_lists, reachable, tuned
 from isthmus.errors import InvalidInputError
 from isthmus.models.phrase_network import PhraseNetwork
 from isthmus.nn.recurrent import GatedUnit
-from isthmus.systems.text.rnn_encoder_decoder import (
-    PhraseTable,
-    RnnEncoderDecoder,
-    accuracy,
-    best_lists,
-    reachable,
-    tuned,
-)
+from isthmus.systems.text.rnn_encoder_decoder import RnnEncoderDecoder
 from isthmus.training.data import Data, Pair
 from isthmus.workbench import numbers
 
