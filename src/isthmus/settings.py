@@ -26,9 +26,9 @@ def pairs(words: Sequence[str], option: str = "--set") -> dict[str, str]:
     found = {}
     for word in words:
         name, equals, value = word.partition("=")
-        if not equals or not name:
+        if not equals or not name.strip():
             raise InvalidInputError(f"{option} takes name=value, got {word!r}")
-        found[name] = value
+        found[name.strip()] = value.strip()
     return found
 
 

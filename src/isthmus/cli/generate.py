@@ -43,8 +43,8 @@ def generate(
     seed: int | None = None,
     dtype: str = "auto",
     device: str = "auto",
-    exact: bool = False,
-    json: bool = False,
+    exact: Annotated[bool, Parameter(negative="")] = False,
+    json: Annotated[bool, Parameter(negative="")] = False,
     input: Annotated[
         Path | None, Parameter(name=["--input", "-i"], allow_leading_hyphen=True)
     ] = None,
@@ -225,13 +225,10 @@ def _strategy(name: str, settings: tuple[str, ...]) -> dict[str, Any]:
         raise InvalidInputError("--set goes with --strategy; `isthmus strategies` lists them")
     if not name:
         return {}
-    given = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise InvalidInputError(f"--set takes key=value, got {setting!r}")
-        given[key.strip().replace("-", "_")] = value.strip()
     from isthmus.decoding.strategies import make
+    from isthmus.settings import pairs
+
+    given = {name.replace("-", "_"): value for name, value in pairs(settings).items()}
 
     make(name, given)
     return {"strategy": name, **given}
@@ -252,7 +249,7 @@ def _prompt(prompt: str, file: Path | None) -> str:
         raise InvalidInputError("give the prompt as an argument or with --file, not both")
     if file is not None and str(file) != "-":
         try:
-            return file.read_text()
+            return file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise BrokenFileError(f"{file} cannot be read as text ({error})") from error
     if not prompt and (file is not None or not sys.stdin.isatty()):
