@@ -391,8 +391,8 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
         notes=(
             "baseline: three blocks and three decoder layers with CTC of the transcript beside; "
             "off: inner CTC without telling the blocks above; all arms take the same steps",
-            "arms above half of all words wrong have not learnt the task: 900 steps are too few, and "
-            "then the comparison of errors says nothing about the method",
+            "arms with over half of all words wrong have not learnt the task, and then the "
+            "comparison of errors says nothing about the method",
             f"{len(valid)} held-out days in German, English and Spanish; the language is hidden",
         ),
     )
