@@ -270,8 +270,7 @@ class SeaGuide:
 
     def text(self, hypothesis: Hypothesis) -> str:
         """What a hypothesis says."""
-        tokens = list(hypothesis.tokens)
-        return str(self.model.tokenizer.decode(tokens, skip_special_tokens=True))
+        return str(self.model.tokenizer.decode(list(hypothesis.tokens), skip_special_tokens=True))
 
 
 def unmentioned(hypothesis: Hypothesis) -> int:
