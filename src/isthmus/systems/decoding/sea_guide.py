@@ -270,8 +270,7 @@ class SeaGuide:
 
     def text(self, hypothesis: Hypothesis) -> str:
         """What a hypothesis says."""
-        tokens = list(hypothesis.tokens)
-        return str(self.model.tokenizer.decode(tokens, skip_special_tokens=True))
+        return str(self.model.tokenizer.decode(list(hypothesis.tokens), skip_special_tokens=True))
 
 
 def unmentioned(hypothesis: Hypothesis) -> int:
@@ -343,9 +342,8 @@ def examine(model: Model, scale: Scale, *, tuned_on: int, count: int) -> Claim:
         sources, slots, lambda i, text: data.errors(others[i], text), GRID
     )
     asked, sources, slots = drawn("test", count)
-    right = [data.references(one) for one in asked]
-    kinds = {"ours": settings, "paper": Settings(), "off": replace(settings, guide=False)}
-    answers = {name: SeaGuide(model, each) for name, each in kinds.items()}
+    kinds = (("ours", settings), ("paper", Settings()), ("off", replace(settings, guide=False)))
+    answers = {name: SeaGuide(model, each) for name, each in kinds}
     found = {name: guide.hypotheses(sources, slots) for name, guide in answers.items()}
     texts = {name: [answers[name].text(row[0]) for row in rows] for name, rows in found.items()}
     beam = model.generate(sources, strategy="beam", beams=settings.width, max_new_tokens=64)
@@ -354,7 +352,7 @@ def examine(model: Model, scale: Scale, *, tuned_on: int, count: int) -> Claim:
     pairs = zip(asked, pools, strict=True)
     texts["oracle"] = [min(pool, key=partial(data.errors, one)) for one, pool in pairs]
     rates = {name: 100 * data.error_rate(asked, some) for name, some in texts.items()}
-    like = {name: chrf(some, right) for name, some in texts.items()}
+    like = {name: chrf(some, [data.references(m) for m in asked]) for name, some in texts.items()}
     rng = random.Random(0)
     draws = [[rng.choice(pool) for pool in pools] for _ in range(20)]
     rates["random"] = sum(5 * data.error_rate(asked, some) for some in draws)
@@ -379,9 +377,9 @@ def examine(model: Model, scale: Scale, *, tuned_on: int, count: int) -> Claim:
                 rates["beam"],
                 rates["ours"],
                 rates["off"],
-                ceiling=rates["oracle"],
-                control=rates["random"],
-                note="baseline: beam; ceiling: oracle choice; control: random choice",
+                rates["oracle"],
+                rates["random"],
+                "ceiling: oracle choice; control: random choice",
             ),
             Row("chrF", "", like["beam"], like["ours"], like["off"], ceiling=like["oracle"]),
         ),
@@ -389,6 +387,8 @@ def examine(model: Model, scale: Scale, *, tuned_on: int, count: int) -> Claim:
         device="cpu",
         status=judge(gates, (Gate("SER gained", gain, ">", 0),)),
         gates=gates,
+        reason="The beams hold a text without errors, and flags from this small model's attention "
+        "are too often wrong to find it: thresholds that help on some meanings do not on others.",
         seeds=(0,),
         notes=(
             f"{count} held-out meanings, {settings.width} beams; thresholds chosen on {tuned_on} "
