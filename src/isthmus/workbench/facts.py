@@ -282,7 +282,7 @@ RECIPE = Recipe(
 )
 """Of the first model; the second goes on for :data:`TUNING` steps."""
 
-TUNING = 120
+TUNING = 200
 
 
 MODELS: tuple[Which, ...] = ("pretrained", "aligned")
@@ -301,8 +301,8 @@ def reference(which: Which, recipe: Recipe = RECIPE) -> Path:
         name=f"{recipe.name}-aligned",
         steps=min(TUNING, recipe.steps),
         sequence_length=32,
-        muon_lr=recipe.muon_lr / 4,
-        adam_lr=recipe.adam_lr / 4,
+        muon_lr=recipe.muon_lr / 2,
+        adam_lr=recipe.adam_lr / 2,
     )
     key = f"{key}, {TUNED_SHARE}, {WRONG_SHARE}"
     return made(aligned, FactsCourse(aligned, start), tokenizer(), corpus=key)

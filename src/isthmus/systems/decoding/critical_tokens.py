@@ -175,11 +175,11 @@ def answer(model: Model, asked: Sequence[facts.Fact], law: Law, seed: int = 5) -
     return Answers.of(asked, [each.tokens for each in found])
 
 
-def dialogues(count: int, seed: int, *, odd: bool) -> list[tuple[list[int], list[bool]]]:
-    """Dialogues with labels, about entities of odd or of even numbers."""
-    rng, values = random.Random(seed), facts.world()
+def dialogues(count: int, seed: int, *, tuned: bool) -> list[tuple[list[int], list[bool]]]:
+    """Dialogues with labels, about facts that the aligned model was tuned on or about all."""
+    rng, values = random.Random(seed), facts.world(tuned)
     out = []
-    for fact in rng.choices([f for f in sorted(values) if f[0] % 2 == odd], k=count):
+    for fact in rng.choices(sorted(values), k=count):
         asked, said = facts.question(fact), facts.answer(fact, values[fact], rng)
         out.append(([*asked, *said.tokens], [*[False] * len(asked), *said.critical]))
     return out
@@ -203,8 +203,8 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
         )
     )
     asked = sorted(facts.world()) if small else sorted(facts.world())[:6]
-    head = fit_classifier(aligned, dialogues(200 if small else 8, 1, odd=False))
-    states, meant = states_of(aligned, dialogues(200 if small else 8, 2, odd=True))
+    head = fit_classifier(aligned, dialogues(200 if small else 8, 1, tuned=True))
+    states, meant = states_of(aligned, dialogues(200 if small else 8, 2, tuned=False))
     with torch.no_grad():
         quality = f1(head(states) > Settings().threshold, meant)
 
