@@ -301,6 +301,8 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
         notes=(
             f"{len(held_out)} sentences in white, pink and brown noise and hum at -5 to 20 dB",
             "H 32 to 64, no resampling; PESQ above spectral subtraction is not asked for",
+            "a first run with H 12, the card's size, gained 2.4 dB; signs of the gains "
+            "became the gates of direction after it",
         ),
     )
 
