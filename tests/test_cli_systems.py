@@ -102,7 +102,7 @@ def test_version() -> None:
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["frobnicate"], ["unknown command 'frobnicate'", "claim"]),
+        (["frobnicate"], ["unknown command 'frobnicate'", "to choose from"]),
         (["sistems"], ["did you mean 'systems'?"]),
         (["bench", "decod"], ["did you mean 'decode'?"]),
         (["systems", "--famly", "speculative"], ["--famly"]),

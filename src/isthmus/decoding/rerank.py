@@ -81,8 +81,8 @@ class Consensus:
 
     Example:
         >>> said = [Hypothesis(t, 0.0, 0.0) for t in ((1, 2, 3), (4, 5), (1, 2, 4))]
-        >>> Consensus().choose(said)
-        0
+        >>> Consensus().choose(said)  # the last one shares 1 2 with the first and 4 with the other
+        2
     """
 
     def __init__(self, utility: Utility | None = None) -> None:
