@@ -375,6 +375,10 @@ def claim(ruler: Ruler, scale: claims.Scale = "small") -> Claim:
         status=judge(gates, direction),
         gates=gates,
         seeds=(0,),
+        notes=(
+            "The scenes were made easier twice after pilots of ours alone: every kind has a "
+            "typical hue.",
+        ),
     )
 
 
