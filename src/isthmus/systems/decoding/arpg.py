@@ -309,6 +309,7 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
             f"place a pass without guidance is {right - alone:.1f} points behind raster order.",
             "guidance rises to the published 4.5 and doubles the work of a pass; raster order and "
             "rows in flight have none.",
-            "Without guidance, which was measured first, 16 passes lose 6.7 points and 8 lose 17.4.",
+            "Without guidance, which was measured first, 16 passes lose 6.7 points and 8 lose "
+            "17.4.",
         ),
     )
