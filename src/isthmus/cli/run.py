@@ -54,6 +54,8 @@ def run(
         print_json({"system": kind.name, "text": answer.text, **answer.record})
     else:
         console().print(answer.text if out is None else f"{answer.text}\nwritten to {out}")
+        if answer.save is not None and out is None:
+            console(stderr=True).print("give -o FILE to keep it")
     return 0
 
 

@@ -228,7 +228,7 @@ class Denoiser(TrainedSystem):
         clean = Waveform(x, RATE)
         notes = f" ({', '.join(changed)})" if changed else ""
         record = {"duration_s": wave.duration_s, "rate_hz": RATE, "changed": changed}
-        text = f"{wave.duration_s:.2f} s of cleaned sound{notes}; give -o FILE.wav to keep it"
+        text = f"{wave.duration_s:.2f} s of cleaned sound{notes}"
         return Answer(text, record, lambda path: write(path, clean, clip=True))
 
 
