@@ -102,6 +102,21 @@ class Words:
         return " ".join(self.words[token - 1] for token in tokens)
 
 
+def spelled(text: str) -> str:
+    """The characters of a text as :class:`Words`, so that marks such as ``<de>`` stay whole.
+
+    Example:
+        >>> spelled("a cat"), unspelled("<en> a _ c a t".split())
+        ('a _ c a t', 'a cat')
+    """
+    return " ".join(text.replace(" ", "_"))
+
+
+def unspelled(words: Sequence[str]) -> str:
+    """The text that was spelled, without marks."""
+    return "".join(word for word in words if word[0] != "<").replace("_", " ")
+
+
 class SpokenBatch(NamedTuple):
     """Spoken records, padded.
 

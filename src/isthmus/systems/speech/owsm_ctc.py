@@ -4,8 +4,8 @@ Paper: Y. Peng, Y. Sudo, M. Shakeel, S. Watanabe, "OWSM-CTC: An Open Encoder-Onl
     Model for Speech Recognition, Translation, and Language Identification", 2024, arXiv:2402.12654
 Idea: CTC at several depths of one encoder: lower blocks learn the transcript, upper ones the task
     that two prefix tokens ask for, and each is told what those below have read.
-Differs: Units are whole words, not 50,000 pieces; the prompt of the previous sentence and its
-    encoder are left out.
+Differs: Units are characters, not 50,000 pieces; the prompt of the previous sentence and its
+    encoder are left out. A small one starts from a recogniser that has learnt to hear.
 
     <lang> <task> frames ─▶ blocks ─▶ CTC: transcript ─▶ blocks ─▶ CTC: <lang> <task> answer
                                           └── x + W p ──▲
@@ -23,7 +23,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from isthmus.claims import Claim, Gate, Row, Ruler, judge, ratio
+from isthmus.claims import Claim, Gate, Op, Row, Ruler, judge, ratio
 from isthmus.claims import Scale as ClaimScale
 from isthmus.decoding.ctc import greedy, windows
 from isthmus.metrics.speech import word_error_rate
@@ -37,14 +37,16 @@ from isthmus.signals.audio import fit, read
 from isthmus.signals.features import RATE, LogMel
 from isthmus.training.data import Data, Translated
 from isthmus.training.loop import Plan
-from isthmus.training.speech import SpokenBatches, Words, features_of
+from isthmus.training.speech import SpokenBatches, Words, features_of, spelled, unspelled
 from isthmus.training.system import Answer, Scale, TrainedSystem
 from isthmus.workbench.data import data as named_data
+from isthmus.workbench.ears import ear, lend
+from isthmus.workbench.recogniser import Settings as Hearing
 from isthmus.workbench.speech import noise
 from isthmus.workbench.trained import trained
 
 UNKNOWN, TASKS = "<nolang>", ("<asr>", "<translate>")
-VOCABULARY = "words.json"
+VOCABULARY, DATA = "units.json", "workbench:speech-multi"
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Settings:
         depth: Blocks.
         heads: H.
         kernel: Of the convolutions.
-        channels: Of the subsampling by 8.
+        channels: Of the subsampling.
         inner: Blocks, numbered from 1, that have CTC besides the last.
         source: Those of them that learn the transcript.
         condition: Whether each tells those above what it has read; off switches the idea off.
@@ -66,6 +68,8 @@ class Settings:
         dropout: Behind every part.
         batch_size: Records of a batch.
         decoder: Layers of a text decoder instead, over a plain encoder: the baseline; 0 is none.
+        factor: Of the subsampling.
+        ear: Lower blocks that start from a recogniser of the same records; 0 is none.
     """
 
     mels: int = 80
@@ -82,14 +86,8 @@ class Settings:
     dropout: float = 0.1
     batch_size: int = 256
     decoder: int = 0
-
-
-def encoder(s: Settings, depth: int) -> Conformer:
-    """A new encoder of these sizes."""
-    return Conformer(
-        s.mels, s.width, depth, s.heads,
-        block="e-branchformer", kernel=s.kernel, channels=s.channels, dropout=s.dropout,
-    )  # fmt: skip
+    factor: int = 8
+    ear: int = 0
 
 
 class Batch(NamedTuple):
@@ -121,7 +119,8 @@ class Learner:
         self.identity = {"settings": asdict(s), "data": data.fingerprint}
         make = (system.words, system.mel, s.batch_size)
         augment = SpecAugment(2, s.mels // 5, 2, 0.05)
-        self.train = SpokenBatches(data.train, *make, seed=plan.seed, augment=augment)
+        heard = [r._replace(text=spelled(r.text)) for r in data.train]
+        self.train = SpokenBatches(heard, *make, seed=plan.seed, augment=augment)
         self.valid = list(data.valid)
 
     def batch(self, part: int) -> Batch:
@@ -135,7 +134,7 @@ class Learner:
         for record, task, hide in zip(records, tasks, hidden.tolist(), strict=True):
             assert isinstance(record, Translated)
             marks = words.encode(f"<{record.language}> {TASKS[task]}")
-            said = words.encode(record.translation if task else record.text)
+            said = words.encode(spelled(record.translation) if task else record.text)
             answers.append(torch.cat([marks, said]))
             prefix.append(marks * torch.tensor([0 if hide else 1, 1]))
         lengths = torch.tensor([len(answer) for answer in answers])
@@ -156,15 +155,14 @@ class Learner:
             wanted.scatter_(1, batch.answer_lengths[:, None], len(self.system.words))
             keep = wanted > 0
             # the prefix is given, so it is not asked for; but a hidden language is
-            keep[:, 0] = batch.prefix[:, 0] == 0
+            keep[:, :2] = batch.prefix[:, :2] == 0
             total = 0.7 * F.cross_entropy(logits[keep], wanted[keep], reduction="sum")
             return Loss(total + 0.3 * ctc_loss(log_probs, lengths, *transcript).nats.sum(), count)
         read, lengths = self.module(batch.features, batch.frames, batch.prefix)
         answer = batch.answer, batch.answer_lengths
-        levels = [*s.inner, s.depth]
         nats = [
             ctc_loss(p, lengths, *(transcript if level in s.source else answer)).nats.sum()
-            for level, p in zip(levels, read, strict=True)
+            for level, p in zip((*s.inner, s.depth), read, strict=True)
         ]
         inner = torch.stack(nats[:-1] or nats).mean()
         return Loss(s.top_weight * nats[-1] + (1 - s.top_weight) * inner, count)
@@ -182,19 +180,17 @@ class OwsmCtc(TrainedSystem):
     settings_type = Settings
     scales: ClassVar[Mapping[str, Scale]] = {
         "test": Scale(
-            Settings(16, 16, 2, 2, 5, 4, (1,), (1,), batch_size=4),
-            Plan(4),
-            "workbench:speech-multi-few",
+            Settings(16, 16, 2, 2, 5, 4, (1,), (1,), batch_size=4), Plan(4), f"{DATA}-few"
         ),
         "small": Scale(
-            Settings(40, 64, 5, 4, 15, 16, (2, 3, 4), (2, 3), batch_size=16),
-            Plan(900, learning_rate=4e-3, warmup_steps=50, weight_decay=1e-2, validate_every=450),
-            "workbench:speech-multi",
+            Settings(40, 96, 5, 4, 15, 16, (2, 3, 4), (2, 3), batch_size=32, factor=4, ear=3),
+            Plan(320, learning_rate=1.5e-3, warmup_steps=30, weight_decay=1e-2, validate_every=160),
+            DATA,
         ),
         "paper": Scale(
             Settings(),
             Plan(600_000, learning_rate=2e-4, warmup_steps=60_000, validate_every=5000),
-            "workbench:speech-multi",
+            DATA,
         ),
     }
 
@@ -202,7 +198,10 @@ class OwsmCtc(TrainedSystem):
         super().__init__(settings)
         self.words, self.mel = words, LogMel("nemo", settings.mels)
         s, vocab = settings, len(words) + 1  # the last one ends texts of the baseline
-        body = encoder(s, s.depth)
+        body = Conformer(
+            s.mels, s.width, s.depth, s.heads, block="e-branchformer",
+            kernel=s.kernel, factor=s.factor, channels=s.channels, dropout=s.dropout,
+        )  # fmt: skip
         self.module: Any = (
             SpeechToText(body, vocab, s.decoder)
             if s.decoder
@@ -213,8 +212,15 @@ class OwsmCtc(TrainedSystem):
     def untrained(cls, settings: Settings, data: Data[Translated]) -> Self:
         """A new system with the words and languages of the data."""
         records = [*data.train, *data.valid]
-        texts = [f"<{r.language}> {r.text} {r.translation}" for r in records]
-        return cls(settings, Words.of([*texts, " ".join(TASKS)]))
+        texts = [f"<{r.language}> {spelled(f'{r.text} {r.translation}')}" for r in records]
+        made, s = cls(settings, Words.of([*texts, " ".join(TASKS)])), settings
+        if s.ear:
+            sizes = s.mels, s.width, s.ear, s.heads, s.kernel, s.factor, s.channels, s.dropout
+            head = made.module.ctc if s.decoder else made.module.head
+            ears = ear(data, Hearing(*sizes, block="e-branchformer"))
+            rows = made.words.encode(spelled(ears.letters.characters))
+            lend(ears, made.module.encoder, head, rows)
+        return made
 
     def learner(self, data: Data[Translated], plan: Plan) -> Learner:
         """See :class:`Learner`."""
@@ -246,14 +252,14 @@ class OwsmCtc(TrainedSystem):
         marks = self.words.encode(task if language == UNKNOWN else f"{language} {task}")
         prefix = F.pad(marks, (2 - len(marks), 0)).expand(len(sounds), -1)
         if self.settings.decoder:
-            rows = self.module.write(features, frames, F.pad(prefix, (1, 0)))
+            rows = self.module.write(features, frames, F.pad(prefix, (1, 0)), longest=64)
         else:
             read, lengths = self.module(features, frames, prefix)
             rows = [list(found.tokens) for found in greedy(read[-1], lengths)]
         texts = [self.words.decode(row).split() for row in rows]
         return [
             (next((w for w in text if w[0] == "<" and w not in TASKS), language),
-             " ".join(w for w in text if w[0] != "<"))
+             unspelled(text))
             for text in texts
         ]  # fmt: skip
 
@@ -262,7 +268,7 @@ class OwsmCtc(TrainedSystem):
         self, sound: torch.Tensor, *, window_s: float = 30.0, context_s: float = 4.0
     ) -> str:
         """The transcript of a long sound [N]: overlapping windows in one batch, edges discarded."""
-        step = 8 * 160  # samples of a frame behind the subsampling
+        step = self.settings.factor * 160  # samples of a frame behind the subsampling
         size, context = (round(s * RATE / step) for s in (window_s, context_s))
         places = windows(-(-len(sound) // step), size, context)
         pieces = [sound[a * step : b * step] for a, b, _, _ in places]
@@ -274,7 +280,8 @@ class OwsmCtc(TrainedSystem):
             for row, length, (a, _, low, high) in zip(read[-1], lengths, places, strict=True)
         ]
         whole = torch.cat(parts)[None]
-        return self.words.decode(greedy(whole, torch.tensor([whole.shape[1]]))[0].tokens)
+        row = greedy(whole, torch.tensor([whole.shape[1]]))[0].tokens
+        return unspelled(self.words.decode(row).split())
 
     def run(self, given: str) -> Answer:
         """Language, transcript and translation of the sound file of that name."""
@@ -287,8 +294,7 @@ class OwsmCtc(TrainedSystem):
 
 def judged(system: OwsmCtc, records: Sequence[Translated]) -> dict[str, float]:
     """Word error rates of both tasks, the language hidden, and languages named right."""
-    said: list[tuple[str, str]] = []
-    means: list[str] = []
+    said, means = list[tuple[str, str]](), list[str]()
     order = sorted(records, key=lambda r: r.sound.duration_s)
     for start in range(0, len(order), 50):
         sounds = [r.sound.at(RATE) for r in order[start : start + 50]]
@@ -312,87 +318,82 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
     told = OwsmCtc.scales[size]
     records: Data[Translated] = named_data(told.data, "translated")
     valid = records.valid[: 12 if size == "test" else None]
-    arms = {"ours": {}, "off": {"condition": False}, "decoder": BASELINE}
     made: dict[str, OwsmCtc] = {}
-    for name, change in arms.items():
+    for name, change in {"ours": {}, "off": {"condition": False}, "decoder": BASELINE}.items():
         settings: Settings = replace(told.settings, **change)  # type: ignore[arg-type]
-        folder = trained(OwsmCtc, size, settings=settings)
-        made[name] = OwsmCtc.from_pretrained(folder)
+        made[name] = OwsmCtc.from_pretrained(trained(OwsmCtc, size, settings=settings))
     found = {name: judged(system, valid) for name, system in made.items()}
     sounds = [record.sound.at(RATE) for record in valid[:20]]
-    seconds = sum(map(len, sounds)) / RATE
 
     def reads(name: str) -> Callable[[], object]:
         return lambda: [made[name].answer([sound], TASKS[1]) for sound in sounds]
 
     timings = ruler.compare({name: reads(name) for name in made}, repeats=3)
     speedup = ratio(timings["decoder"], timings["ours"])
-    rtfx = {name: seconds / timing.median_s for name, timing in timings.items()}
+    long = torch.cat(sounds)
+    rtfx = {name: len(long) / RATE / timing.median_s for name, timing in timings.items()}
     hiss = torch.Generator().manual_seed(0)
     kinds = ("white", "pink", "brown", "hum", "clicks")
     empty = [0.1 * noise(k, 2 * RATE, hiss) for k in kinds * (1 if size == "test" else 8)]
-    dreamt = {
-        name: sum(len(text.split()) for _, text in system.answer(empty)) / len(empty)
-        for name, system in made.items()
+    heard = {name: " ".join(text for _, text in m.answer(empty)) for name, m in made.items()}
+    dreamt = {name: len(text.split()) / len(empty) for name, text in heard.items()}
+    ways: dict[str, Callable[[], object]] = {
+        "windows": lambda: made["ours"].long_form(long, window_s=6, context_s=0.8),
+        "decoder": lambda: [made["decoder"].answer([sound]) for sound in sounds],
     }
-    long = torch.cat(sounds)
-    form = ruler.compare(
-        {
-            "windows": lambda: made["ours"].long_form(long, window_s=6, context_s=0.8),
-            "decoder": lambda: [made["decoder"].answer([sound]) for sound in sounds],
-        },
-        repeats=3,
-    )
-    long_speedup = ratio(form["decoder"], form["windows"])
+    form = ruler.compare(ways, repeats=3)
+    longer = ratio(form["decoder"], form["windows"])
+    keys = "translation_wer", "wer", "languages"
+    means, hears, named = ({name: each[key] for name, each in found.items()} for key in keys)
+    error = {name: (means[name] + hears[name]) / 2 for name in made}
+    lost = [name for name, value in error.items() if value > 0.5]
 
-    error = {name: (each["translation_wer"] + each["wer"]) / 2 for name, each in found.items()}
+    def gate(name: str, other: str, value: float, op: Op, bound: float) -> Gate:
+        """Comparisons with an arm that has not learnt the task say nothing."""
+        return Gate(name, None if {"ours", other} & set(lost) else value, op, bound)
 
+    relative = error["ours"] / max(error["decoder"], 1e-9)
+    faster = speedup.median, longer.median
+    more, lower = dreamt["ours"] - dreamt["decoder"], error["off"] - error["ours"]
     gates = (
-        Gate("speed against the decoder, one sound at a time", speedup.median, ">=", 3.0),
-        Gate("word error against the decoder, ratio", error["ours"] / error["decoder"], "<=", 1.1),
-        Gate("word error without conditioning minus ours", error["off"] - error["ours"], ">", 0.0),
-        Gate(
-            "words heard in noise, ours minus the decoder's",
-            dreamt["ours"] - dreamt["decoder"],
-            "<",
-            0.0,
-        ),
-        Gate("long form in windows against the decoder, speed", long_speedup.median, ">=", 5.0),
+        gate("speed against the decoder, one sound at a time", "decoder", faster[0], ">=", 3.0),
+        gate("word error against the decoder, ratio", "decoder", relative, "<=", 1.1),
+        gate("word error without conditioning minus ours", "off", lower, ">", 0.0),
+        gate("words heard in noise, ours minus the decoder's", "decoder", more, "<", 0.0),
+        gate("long form in windows against the decoder, speed", "decoder", faster[1], ">=", 5.0),
     )
+    why = [f"not learnt by {name}" for name in lost]
+    why += [f"missed: {gate.name}" for gate in gates if not gate.passed]
 
     def row(metric: str, unit: str, values: Mapping[str, float], note: str = "") -> Row:
         return Row(metric, unit, values["decoder"], values["ours"], values["off"], note=note)
 
-    def judged_row(metric: str, key: str) -> Row:
-        return row(metric, "", {name: figures[key] for name, figures in found.items()})
-
-    spent = {name: float(system.record["seconds"]) for name, system in made.items()}
     return Claim(
         slug="owsm-ctc",
         statement="An encoder with CTC at several depths translates and recognises as well as an "
         "encoder with a text decoder of its size, three times as fast, and hears less in noise.",
-        paper_figure="3 to 4 times faster than OWSM, 20 times on long form, up to 25 % better "
-        "translation (abstract)",
+        paper_figure="3 to 4 times faster than OWSM, 20 times on long form (abstract)",
         rows=(
-            judged_row("word error rate, translation", "translation_wer"),
-            judged_row("word error rate, transcript", "wer"),
+            row("word error rate, translation", "", means),
+            row("word error rate, transcript", "", hears),
             # the decoder is given its prefix and names no language
-            replace(judged_row("languages named right", "languages"), baseline=None),
+            replace(row("languages named right", "", named), baseline=None),
             row("inverse real-time factor", "x", rtfx, f"{speedup} against the decoder"),
             row("words heard in 2 s of noise", "words", dreamt),
-            Row("long form, speed", "x", 1.0, long_speedup.median, None, note=str(long_speedup)),
-            row("training", "s", spent),
+            Row("long form, speed", "x", 1.0, longer.median, None, note=str(longer)),
+            row("training", "s", {name: m.record["seconds"] for name, m in made.items()}),
         ),
         scale=scale,
         device="cpu",
         status=judge(gates, (gates[0], gates[2])),
+        reason="; ".join(why),
         gates=gates,
         seeds=(told.plan.seed,),
         notes=(
             "baseline: three blocks and three decoder layers with CTC of the transcript beside; "
             "off: inner CTC without telling the blocks above; all arms take the same steps",
-            "arms with over half of all words wrong have not learnt the task, and then the "
-            "comparison of errors says nothing about the method",
+            "all arms start from one cached CTC encoder of three blocks; one with over half of "
+            "all words wrong has not learnt the task, and comparisons with it count for nothing",
             f"{len(valid)} held-out days in German, English and Spanish; the language is hidden",
         ),
     )
