@@ -379,7 +379,7 @@ def test_the_command_line_lists_and_runs_strategies():
         got["tokens"]
         == load().generate("def add(a, b):", max_new_tokens=8, strategy="fsd", k=3).tokens
     )
-    for extra, word in ((("--set", "j=3"), "setting of fsd"), (("--set", "k"), "key=value")):
+    for extra, word in ((("--set", "j=3"), "setting of fsd"), (("--set", "k"), "name=value")):
         done = run(*words, *extra)
         assert done.returncode == 2 and word in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1
