@@ -7,7 +7,7 @@ Idea: The model describes the image once; then, at every token, the law behind t
 Differs: Images are five symbols and a description names the objects in their places, so both
     prompts are equally long. The model is a small captioner with a planted prior.
 
-    D  = 1/2 sum (p_v + p_d) log2(|p_v - p_d|^kappa + 1)             (eq. 4)
+    D  = 1/2 sum (p_v + p_d) log2(abs(p_v - p_d)^kappa + 1)          (eq. 4)
     z' = (2 - D) z_v - (1 - D) z_d  where  p_v >= D max p_v           (eqs. 5 to 7)
 """
 

@@ -9,9 +9,11 @@ Differs: Grids without end-of-line tokens and without guidance (the released cod
     gives the raster sample itself.
 Lossless: no
 
-    s = 2, W = 4, row 0 alone:     1  2  3  4
-    number = pass                  5  6  7  8      passes: 2 W + (H - 2) s
-                                   7  8  9 10
+Passes of the first three rows with W = 4 and s = 2; in all there are 2 W + (H - 2) s::
+
+    1  2  3  4
+    5  6  7  8
+    7  8  9 10
 """
 
 from __future__ import annotations
