@@ -70,6 +70,36 @@ def check_replaceable(folder: Path, marks: Sequence[str], kind: str) -> None:
         raise InvalidInputError(f"{folder} is a file; choose a new folder")
 
 
+def read_record(path: Path, fields: Sequence[str], kind: str) -> dict[str, Any]:
+    """The JSON object that describes what ``isthmus train`` wrote into a folder.
+
+    Args:
+        path: The file.
+        fields: What it must have.
+        kind: What it describes, for messages.
+
+    Raises:
+        BrokenFileError: It is missing or damaged.
+    """
+    try:
+        record = json.loads(path.read_text())
+    except OSError as error:
+        raise BrokenFileError(
+            f"{path.parent} holds no {path.name}; give a folder made by isthmus train"
+        ) from error
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not set(fields) <= set(record):
+        raise BrokenFileError(f"{path} is damaged; train the {kind} again")
+    return record
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 @contextmanager
 def writable(folder: Path) -> Iterator[None]:
     """Make a folder, and turn an operating-system refusal inside the block into one line.

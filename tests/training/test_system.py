@@ -80,6 +80,8 @@ def test_a_system_is_trained_written_and_read(tmp_path: Path) -> None:
     told = Lengths.scales["test"]
     made = train(Lengths, Data(PAIRS, PAIRS[:3], "doubles"), told.settings, told.plan, out=out)
     assert made.run("aaaa").text == "8"
+    with pytest.raises(InvalidInputError, match="is a file"):
+        train(Lengths, Data(PAIRS, PAIRS), told.settings, told.plan, out=str(out / "isthmus.json"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.metrics.jsonl"]
     again = Lengths.from_pretrained(out)
     assert again.run("aaaa").text == "8" and again.record == made.record
@@ -125,6 +127,7 @@ def test_pairs_from_files_of_every_kind(tmp_path: Path) -> None:
     [
         ("x.tsv", "a\tb\nc\n", "x.tsv, line 2: needs two columns, source and target; it has 1"),
         ("x.tsv", "a\tb\nc\t \n", "line 2"),
+        ("x.tsv", "\n\na\tb\nc\n", "line 4"),
         ("x.csv", "a,b\nc,d,e\n", "line 2: .* it has 3"),
         ("x.jsonl", '{"source": "a"}\n', 'line 1: needs a field "target" with a string'),
         ("x.jsonl", '{"source": "a", "target": "b"}\n[1]\n', "line 2: not a JSON object"),

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from isthmus.errors import DeadEnd, InvalidInputError
+from isthmus.metrics.repetition import ngrams
 from isthmus.roles import Choice, Hypothesis
 
 Utility = Callable[[Sequence[Sequence[Hashable]]], ArrayLike]
@@ -56,10 +57,7 @@ def ngram_f(answers: Sequence[Sequence[Hashable]], orders: int = 4) -> Floats:
     total, weight = np.zeros((count, count)), np.zeros((count, count))
     for n in range(1, orders + 1):
         index: dict[tuple[Hashable, ...], int] = {}
-        rows = [
-            [index.setdefault(tuple(a[i : i + n]), len(index)) for i in range(len(a) - n + 1)]
-            for a in answers
-        ]
+        rows = [[index.setdefault(g, len(index)) for g in ngrams(a, n)] for a in answers]
         counts = np.stack([np.bincount(r, minlength=max(1, len(index))) for r in rows])
         sizes = counts.sum(1)
         shared = np.stack([np.minimum(row, counts).sum(1) for row in counts])

@@ -36,7 +36,7 @@ from isthmus.decoding.law import chain_logits, draw_next
 from isthmus.decoding.target import HubTarget
 from isthmus.decoding.tree import TokenTree
 from isthmus.errors import BrokenFileError, InvalidInputError, MismatchError, UnsupportedModelError
-from isthmus.folders import published
+from isthmus.folders import digest, published
 from isthmus.nn.decoder import LayerSizes
 from isthmus.roles import Context, Features, Shape, Step, Taps, Target
 from isthmus.settings import tuples
@@ -363,7 +363,7 @@ class TrainedDrafter(nn.Module):
                 "system": self.name,
                 "settings": asdict(self.settings),
                 "target": target_fingerprint(self.target),
-                "sha256": hashlib.sha256((part / WEIGHTS).read_bytes()).hexdigest(),
+                "sha256": digest(part / WEIGHTS),
                 "training": self.training_record,
             }
             (part / CONFIG).write_text(json.dumps(config, indent=1))
@@ -386,7 +386,7 @@ class TrainedDrafter(nn.Module):
             )
         weights = Path(folder) / WEIGHTS
         try:
-            if hashlib.sha256(weights.read_bytes()).hexdigest() != config["sha256"]:
+            if digest(weights) != config["sha256"]:
                 raise BrokenFileError(
                     f"{weights} was altered or cut short; train the drafter again"
                 )
@@ -407,21 +407,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     Raises:
         BrokenFileError: It is missing or no drafter's.
     """
-    path = Path(folder) / CONFIG
-    try:
-        config = json.loads(path.read_text())
-        good = isinstance(config, dict) and {"system", "settings", "target", "sha256"} <= set(
-            config
-        )
-    except OSError as error:
-        raise BrokenFileError(
-            f"{folder} holds no {CONFIG}; give a folder made by isthmus train"
-        ) from error
-    except ValueError:
-        good = False
-    if not good:
-        raise BrokenFileError(f"{path} is damaged; train the drafter again")
-    return dict(config)
+    fields = ("system", "settings", "target", "sha256")
+    return folders.read_record(Path(folder) / CONFIG, fields, "drafter")
 
 
 def check_replaceable(folder: Path) -> None:

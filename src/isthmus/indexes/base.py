@@ -6,7 +6,6 @@ An index on disk is a folder: ``index.json`` (kind, settings, digest), ``ids.jso
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from isthmus.errors import BrokenFileError, InvalidInputError, MismatchError
-from isthmus.folders import check_replaceable, published
+from isthmus.folders import check_replaceable, digest, published
 
 CONFIG, IDS, TENSORS = "index.json", "ids.json", "index.safetensors"
 MAX_JSON = 2**31
@@ -229,12 +228,6 @@ def read_json(path: Path) -> Any:
         raise BrokenFileError(f"{path.parent} holds no index ({path.name} is missing)") from None
     except (OSError, ValueError, RecursionError) as error:
         raise BrokenFileError(f"{path} is damaged ({error}); build the index again") from error
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def to_run(

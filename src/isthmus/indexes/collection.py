@@ -15,13 +15,13 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 
 from isthmus.errors import BrokenFileError, InvalidInputError, MismatchError
-from isthmus.folders import check_replaceable, published
-from isthmus.indexes.base import digest, read_json, to_run
+from isthmus.folders import check_replaceable, digest, published
+from isthmus.indexes.base import read_json, to_run
 from isthmus.indexes.dense import DenseIndex
 from isthmus.indexes.fusion import fuse
 from isthmus.indexes.sparse import SparseIndex, bag
 from isthmus.metrics.ranking import ranked
-from isthmus.signals.text import SUFFIXES
+from isthmus.signals.text import SUFFIXES, read_text
 
 CONFIG, DOCUMENTS = "collection.json", "documents.jsonl"
 PROBE = "the same text under the same model has the same vector"
@@ -230,10 +230,7 @@ def _passages(key: str, text: str, words: int) -> dict[str, str]:
 
 
 def _documents(file: Path, name: str) -> Iterator[tuple[str, str]]:
-    try:
-        whole = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BrokenFileError(f"{file} cannot be read as text ({error})") from error
+    whole = read_text(file)
     if file.suffix != ".jsonl":
         yield name, whole
         return

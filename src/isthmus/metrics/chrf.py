@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from isthmus.metrics.repetition import ngrams
+
 ORDER, BETA = 6, 2.0
 """Longest group of characters, and how much more a miss weighs than an addition."""
 
@@ -19,9 +21,7 @@ def _counts(text: str, reference: str) -> _Counts:
     found = []
     ours, theirs = ("".join(side.split()) for side in (text, reference))
     for n in range(1, ORDER + 1):
-        a, b = (
-            Counter(side[i : i + n] for i in range(len(side) - n + 1)) for side in (ours, theirs)
-        )
+        a, b = (Counter(ngrams(side, n)) for side in (ours, theirs))
         found.append((a.total(), b.total(), (a & b).total()))
     return found
 

@@ -10,6 +10,8 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 
+from isthmus.metrics.repetition import ngrams
+
 Words = Sequence[Hashable]
 Vector = dict[tuple[Hashable, ...], float]
 
@@ -81,7 +83,4 @@ class CiderD:
 
 
 def _counts(words: Words) -> list[Counter[tuple[Hashable, ...]]]:
-    return [
-        Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
-        for n in range(1, ORDERS + 1)
-    ]
+    return [Counter(ngrams(words, n)) for n in range(1, ORDERS + 1)]

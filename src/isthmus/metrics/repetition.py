@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from typing import TypeVar
+
+G = TypeVar("G", bound=Hashable)
 
 
-def ngrams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
-    """All n-grams of a text in order; none where it is shorter than n."""
+def ngrams(tokens: Sequence[G], n: int) -> list[tuple[G, ...]]:
+    """All n-grams of a text in order, of tokens, words or characters; none where it is shorter."""
     return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
 
 

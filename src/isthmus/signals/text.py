@@ -43,14 +43,23 @@ def read_texts(paths: Iterable[Path]) -> list[str]:
     return documents
 
 
-def _read(path: Path) -> list[str]:
+def read_text(path: Path) -> str:
+    """A whole text file.
+
+    Raises:
+        BrokenFileError: It cannot be read, or is no UTF-8 text; the message names file and line.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise BrokenFileError(f"{path} cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         place = path.read_bytes()[: error.start].count(b"\n") + 1
         raise BrokenFileError(f"{path}, line {place}: not UTF-8 text") from error
+
+
+def _read(path: Path) -> list[str]:
+    text = read_text(path)
     if path.suffix != ".jsonl":
         return [text]
     documents = []

@@ -72,9 +72,3 @@ def learn_tokenizer(
         clean_up_tokenization_spaces=False,
     )
     return made  # type: ignore[no-any-return]
-
-
-def load_tokenizer(folder: str) -> PreTrainedTokenizerFast:
-    """Load a tokenizer that was saved beside a model."""
-    loaded: Any = PreTrainedTokenizerFast.from_pretrained(folder)
-    return loaded  # type: ignore[no-any-return]

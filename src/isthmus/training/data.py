@@ -29,6 +29,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from isthmus.errors import BrokenFileError, InvalidInputError, UnknownNameError, require
 from isthmus.signals import image
 from isthmus.signals.audio import Recording
+from isthmus.signals.text import read_text
 
 R = TypeVar("R")
 
@@ -104,7 +105,7 @@ Line = tuple[int, Any]
 def _document(path: Path) -> Iterator[Line]:
     if path.suffix == ".jsonl":
         yield from _objects(path, lambda o: _text(o, "text"))
-    elif text := _whole(path):
+    elif text := read_text(path).strip():
         yield 1, text
 
 
@@ -329,18 +330,8 @@ def _is_valid(file: Path, root: Path) -> bool:
     return first.split(".")[0] in ("valid", "validation")
 
 
-def _whole(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise BrokenFileError(f"{path} cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        place = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise BrokenFileError(f"{path}, line {place}: not UTF-8 text") from error
-
-
 def _lines(path: Path) -> list[str]:
-    return _whole(path).split("\n")
+    return read_text(path).split("\n")
 
 
 def _objects(path: Path, record: Callable[[dict[str, Any]], Any]) -> Iterator[Line]:

@@ -13,7 +13,6 @@ checkpoints and its processes are :mod:`isthmus.training.loop`'s.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -27,7 +26,7 @@ from torch import nn
 
 from isthmus import folders
 from isthmus.errors import BrokenFileError, MismatchError
-from isthmus.folders import published
+from isthmus.folders import digest, published
 from isthmus.roles import Learner
 from isthmus.settings import tuples
 from isthmus.training.data import Data
@@ -147,7 +146,7 @@ class TrainedSystem:
             config = {
                 "system": self.name,
                 "settings": asdict(self.settings),
-                "sha256": _digest(part / WEIGHTS),
+                "sha256": digest(part / WEIGHTS),
                 "training": self.record,
             }
             (part / CONFIG).write_text(json.dumps(config, indent=1))
@@ -165,7 +164,7 @@ class TrainedSystem:
         if config["system"] != cls.name:
             raise MismatchError(f"{folder} holds {config['system']}, not {cls.name}")
         try:
-            if _digest(folder / WEIGHTS) != config["sha256"]:
+            if digest(folder / WEIGHTS) != config["sha256"]:
                 raise BrokenFileError(
                     f"{folder / WEIGHTS} was altered or cut short; train the system again"
                 )
@@ -183,19 +182,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         BrokenFileError: It is missing or damaged.
     """
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text())
-        good = isinstance(config, dict) and {"system", "settings", "sha256"} <= set(config)
-    except OSError as error:
-        raise BrokenFileError(
-            f"{folder} holds no {CONFIG}; give a folder made by isthmus train"
-        ) from error
-    except ValueError:
-        good = False
-    if not good:
-        raise BrokenFileError(f"{path} is damaged; train the system again")
-    return dict(config)
+    return folders.read_record(folder / CONFIG, ("system", "settings", "sha256"), "system")
 
 
 def train(
@@ -204,7 +191,7 @@ def train(
     settings: Any,
     plan: Plan,
     *,
-    out: Path | None = None,
+    out: str | Path | None = None,
     report: Callable[[Progress], None] | None = None,
     **devices: Any,
 ) -> TrainedSystem:
@@ -215,24 +202,26 @@ def train(
         data: What it learns from and is judged by.
         settings: Its settings.
         plan: How it is trained.
-        out: Where it is going to be written. The unfinished run is kept beside that folder, so
-            the same call goes on where an interrupted one stopped, and metrics go into
+        out: Folder to write, by rank 0 of several processes. The unfinished run is kept beside
+            it, so the same call goes on where an interrupted one stopped, and metrics go into
             ``out.metrics.jsonl``. None keeps nothing.
         report: Called after every step.
         **devices: ``accelerator``, ``devices``, ``nodes`` and ``strategy`` of
             :class:`~isthmus.training.loop.Trainer`.
 
     Returns:
-        The system with its best weights. It is written by the caller, or by rank 0 of several.
+        The system with its best weights.
 
     Raises:
+        InvalidInputError: ``out`` holds something else.
         KeyboardInterrupt: Ctrl-C; the run was written down first.
     """
+    if out is not None:  # before minutes are spent
+        out = Path(out)
+        folders.check_replaceable(out, (CONFIG,), "trained system")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)
         made = system.untrained(settings, data)
-    if out is not None:  # before minutes are spent
-        folders.check_replaceable(out, (CONFIG,), "trained system")
     trainer = Trainer(
         made.learner(data, plan),
         plan,
@@ -258,8 +247,3 @@ def train(
 def metrics_file(out: Path) -> Path:
     """Where the metrics of the system that is written to ``out`` are logged."""
     return out.with_name(f"{out.name}.metrics.jsonl")
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

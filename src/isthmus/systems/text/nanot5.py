@@ -132,13 +132,13 @@ class Nanot5(TextToText):
 
         Raises:
             InvalidInputError: The text has no sentinel.
-
         """
         if sentinel(0) not in given:
             raise InvalidInputError(
                 f"mark what is to be filled in, as in: isthmus run FOLDER 'def add({sentinel(0)}):'"
             )
         found = self.model.generate(given, max_new_tokens=128)
+        marks = set(self.tokenizer.all_special_ids)
         text = given
         spans = []
         for number in range(self.settings.sentinels):
@@ -147,15 +147,11 @@ class Nanot5(TextToText):
                 break
             begin = found.tokens.index(mark[0]) + 1
             after = found.tokens[begin:]
-            stop = next((i for i, t in enumerate(after) if t in self._marks), len(after))
+            stop = next((i for i, t in enumerate(after) if t in marks), len(after))
             span = self.tokenizer.decode(after[:stop], skip_special_tokens=True)
             spans.append(span)
             text = text.replace(sentinel(number), span, 1)
         return Answer(text, {"spans": spans, "tokens": len(found.tokens)})
-
-    @property
-    def _marks(self) -> set[int]:
-        return set(self.tokenizer.all_special_ids)
 
 
 class SpanLearner:

@@ -30,12 +30,13 @@ from isthmus.decoding.phrase_table import PhraseTable, accuracy, best_lists, rea
 from isthmus.errors import InvalidInputError
 from isthmus.models.phrase_network import PAD, PhraseNetwork
 from isthmus.roles import Loss
-from isthmus.signals.tokenizer import learn_tokenizer, load_tokenizer
+from isthmus.signals.tokenizer import learn_tokenizer
 from isthmus.training.data import Data, Pair
 from isthmus.training.loop import Plan
 from isthmus.training.system import Answer, Scale, TrainedSystem
 from isthmus.training.text import tokenize
 from isthmus.workbench import numbers
+from isthmus.workbench.tokenizer import load_tokenizer
 from isthmus.workbench.trained import trained
 
 END = 1
@@ -171,7 +172,7 @@ class RnnEncoderDecoder(TrainedSystem):
     @classmethod
     def read_files(cls, settings: Settings, folder: Path) -> Self:
         """Read them."""
-        return cls(settings, load_tokenizer(str(folder))).load_weights(folder)
+        return cls(settings, load_tokenizer(folder)).load_weights(folder)
 
 
 def padded(tokenizer: Any, pairs: Sequence[Pair]) -> tuple[torch.Tensor, torch.Tensor]:
