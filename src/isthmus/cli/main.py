@@ -107,6 +107,13 @@ bench.command(
     help="A server under load, beside that of transformers.",
 )
 app.command(bench)
+law = App(name="law", help="Scaling laws: how a loss falls with sizes.")
+law.command(
+    "isthmus.cli.law:fit",
+    name="fit",
+    help="Fit a law to a table of runs, test it on the largest, and predict larger ones.",
+)
+app.command(law)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -126,7 +133,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except UnknownCommandError as error:
         # Its own message would import every command to look for a near name.
-        within = bench if error.command_chain else app
+        groups = {"bench": bench, "law": law}
+        within = groups.get((error.command_chain or ("",))[0], app)
         known = [name for name in within if not name.startswith("-")]
         print_error(UnknownNameError("command", (error.unused_tokens or [""])[0], known))
         return 2
