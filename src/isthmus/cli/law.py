@@ -1,6 +1,5 @@
 """``isthmus law fit``: a scaling law from a table of runs."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,11 +46,12 @@ def fit(
     from isthmus.laws.fit import fit as fit_law
     from isthmus.laws.forwards import check_picture
     from isthmus.laws.law_picture import draw_law
+    from isthmus.settings import pairs
 
     if output is not None:
         check_picture(output)
     asked = [_numbers(each) for each in predict]
-    runs = read_runs(file, loss=loss, over=over, compute=compute, where=_pairs(where, "--where"))
+    runs = read_runs(file, loss=loss, over=over, compute=compute, where=pairs(where, "--where"))
     tests: dict[str, HeldOut] = {}
     reasons: dict[str, str] = {}
     with console(stderr=True).status("fitting"):
@@ -122,20 +122,11 @@ def _tell(screen: Any, tests: dict[str, Any], reasons: dict[str, str], best: str
     screen.print(table)
 
 
-def _pairs(given: Sequence[str], option: str) -> dict[str, str]:
-    """``name=value`` words as a mapping."""
-    found = {}
-    for each in given:
-        name, sign, value = each.partition("=")
-        if not sign or not name:
-            raise InvalidInputError(f"{option} {each}: give NAME=VALUE")
-        found[name] = value
-    return found
-
-
 def _numbers(given: str) -> dict[str, float]:
     """``a=1,b=2`` as a mapping of numbers."""
+    from isthmus.settings import pairs
+
     try:
-        return {k: float(v) for k, v in _pairs(given.split(","), "--predict").items()}
+        return {k: float(v) for k, v in pairs(given.split(","), "--predict").items()}
     except ValueError:
         raise InvalidInputError(f"--predict {given}: give sizes such as params=1e9") from None

@@ -48,6 +48,11 @@ app.command(
     help="Run a trained system: a text, a sound or a picture in, what it makes of it out.",
 )
 app.command(
+    "isthmus.cli.explain:explain",
+    name="explain",
+    help="Look into a model with a lens: what it does on an input, checked and drawn.",
+)
+app.command(
     "isthmus.cli.train:export",
     name="export",
     help="Write a trained drafter in a format that a serving engine loads.",
