@@ -335,6 +335,13 @@ def visible(token: str) -> str:
     return shown if shown else "\u2205"
 
 
+def shown(value: Any) -> str:
+    """A value of a table as a person reads it."""
+    if value is None:
+        return "\u2013"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def _size(array: Array) -> tuple[float, float]:
     if array.values.ndim == 1:
         return (max(4.0, min(0.35 * len(array.values) + 1.5, 16.0)), 3.6)
@@ -343,7 +350,7 @@ def _size(array: Array) -> tuple[float, float]:
 
 
 def _cut(value: Any) -> str:
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    text = shown(value)
     return text if len(text) <= _WIDE else f"{text[: _WIDE - 1]}\u2026"
 
 

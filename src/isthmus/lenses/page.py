@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from isthmus.lenses.explanation import Array, Explanation, Graph, visible
+from isthmus.lenses.explanation import Array, Explanation, Graph, shown, visible
 
 _PAGE = 500
 """Rows of a heat map that are open at once; the others are folded away, not left out."""
@@ -97,13 +97,9 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     head = "".join(f"<th>{escape(str(key))}</th>" for key in rows[0])
     lines = [f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>']
     for row in rows:
-        cells = "".join(f"<td>{escape(_shown(value))}</td>" for value in row.values())
+        cells = "".join(f"<td>{escape(shown(value))}</td>" for value in row.values())
         lines.append(f"<tr>{cells}</tr>")
     return "\n".join([*lines, "</tbody></table></div>"])
-
-
-def _shown(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _range(array: Array) -> tuple[float, float]:

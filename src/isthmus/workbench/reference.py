@@ -292,6 +292,17 @@ def reference(name: str | Recipe, progress: bool = True) -> Path:
     return folder
 
 
+def locate(source: str) -> str:
+    """The folder or hub id behind a name; reference models are made when they are asked for.
+
+    Args:
+        source: Folder, hub id, or the name of a reference model.
+    """
+    if not Path(source).exists() and source in NAMES:
+        return str(reference(source))
+    return source
+
+
 def train(
     recipe: Recipe,
     folder: Path,

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
-from isthmus.api import load
 from isthmus.claims import Claim, Gate, Row, Ruler, Scale, judge
 from isthmus.decoding.model import Model
 from isthmus.errors import UnsupportedModelError
 from isthmus.lenses.explanation import Array, Check, Explanation, identity, visible
 from isthmus.lenses.sites import SiteMap, probe_of
 from isthmus.lenses.trace import Trace
+from isthmus.models.hub import load_checkpoint
 from isthmus.workbench import dates, reference
 
 
@@ -88,7 +88,9 @@ class Decoderlens:
         Raises:
             UnsupportedModelError: It has no encoder.
         """
-        model = load(source or "dates-deep", dtype="float32")
+        place = reference.locate(source or "dates-deep")
+        checkpoint = load_checkpoint(place, dtype="float32", device="cpu")
+        model = Model(checkpoint.model, checkpoint.tokenizer)
         self._check(model)
         return model
 
@@ -160,7 +162,7 @@ class Decoderlens:
 
         names = ("embeddings", *(f"layer {i}" for i in range(1, len(reading.texts))))
         tokens = tokenizer.convert_ids_to_tokens(reading.answer.tolist())
-        rows = [
+        rows: list[dict[str, Any]] = [
             {
                 "layer": name,
                 "text": text(ids),
@@ -175,7 +177,7 @@ class Decoderlens:
                 "layer": "zeros",
                 "text": text(reading.empty),
                 "is the answer": "yes" if reading.empty.equal(reading.answer) else "no",
-                "nats a token": float("nan"),
+                "nats a token": None,
                 "repeated": _repeated(reading.empty),
             }
         )
