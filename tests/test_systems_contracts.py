@@ -61,6 +61,8 @@ def test_contract(slug: str) -> None:
         testing.check_acceptance(make(system))
     elif role == "policy":
         testing.check_policy(make(system))
+    elif role == "lens":
+        pytest.skip("what it looks into is its own; its tests run the contract")
     else:
         assert not hasattr(testing, f"check_{role}"), f"run the contract of {role} here"
 

@@ -1,6 +1,7 @@
 """DecoderLens: the last layer is the model itself, and padding changes nothing."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import transformers as tf
 from isthmus.decoding.model import Model
 from isthmus.errors import UnsupportedModelError
 from isthmus.systems.lenses.decoderlens import Decoderlens, Settings
+from isthmus.testing import check_lens
+from isthmus.workbench import reference
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "decoding"))
 import tiny
@@ -60,3 +63,24 @@ def test_without_the_final_norm_the_decoder_reads_another_scale():
 def test_models_without_an_encoder_are_refused():
     with pytest.raises(UnsupportedModelError, match="no encoder"):
         LENS.read(model("Llama"), SOURCE)
+
+
+def test_the_contract_on_a_model_with_a_tokenizer():
+    recipe = replace(
+        reference.RECIPES["dates-deep"],
+        name="dates-deep-t",
+        steps=12,
+        batch_size=8,
+        hidden_size=24,
+        num_attention_heads=1,
+        head_dim=24,
+        intermediate_size=32,
+    )
+    lens = Decoderlens(Settings(max_new_tokens=8))
+    subject = lens.open(str(reference.reference(recipe, progress=False)))
+    check_lens(lens, subject, "4 mai 1950")
+    found = lens.explain(subject, "4 mai 1950")
+    assert [row["layer"] for row in found.tables["what the decoder reads"]][-2:] == [
+        "layer 6",
+        "zeros",
+    ]

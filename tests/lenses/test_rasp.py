@@ -16,6 +16,7 @@ from isthmus.lenses.rasp import (
     tokens,
 )
 from isthmus.systems.lenses.rasp import PROGRAMS, Rasp, Settings
+from isthmus.testing import check_lens
 from isthmus.training.loop import Plan
 from isthmus.workbench.tagging import Tagger
 
@@ -69,6 +70,13 @@ def test_what_does_not_fit_is_refused():
             pass
     with pytest.raises(UnknownNameError, match="comparison"):
         select(tokens, tokens, "=")
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_the_contract(name):
+    lens = Rasp()
+    given = {"dyck1": "(())(", "dyck2": "([])("}.get(name, "hello")
+    check_lens(lens, lens.open(name), given)
 
 
 def test_the_explanation_shows_values_and_grids(capsys, tmp_path):

@@ -2,6 +2,7 @@
 
 from isthmus.testing.acceptances import check_acceptance, emitted_laws
 from isthmus.testing.drafters import check_drafter, check_tree
+from isthmus.testing.lenses import check_lens
 from isthmus.testing.policies import check_policy
 from isthmus.testing.statistics import StringTest, goodness_of_fit, string_test
 from isthmus.testing.streaming import check_streaming
@@ -12,6 +13,7 @@ __all__ = [
     "StringTest",
     "check_acceptance",
     "check_drafter",
+    "check_lens",
     "check_policy",
     "check_streaming",
     "check_target",
