@@ -30,7 +30,10 @@ from isthmus.folders import cache_folder
 from isthmus.roles import Codec, Medium, Signal
 from isthmus.training.system import CONFIG, Answer, TrainedSystem, read_config
 
-PARTS: dict[str, str] = {}
+PARTS = {
+    "parts/lossless-image": "isthmus.codecs.lossless_image:LosslessImage",
+    "parts/lossless-audio": "isthmus.codecs.lossless_audio:LosslessAudio",
+}
 """Codecs that are parts rather than published systems: ``module:class`` by id."""
 
 FAMILIES = ("codecs", "compression")

@@ -222,6 +222,12 @@ class Encoder:
             counts / float(TOTAL),
         )
 
+    def uniform(self, values: npt.ArrayLike, widths: npt.ArrayLike) -> None:
+        """Code integers [N], each from 0 to its width less one; widths are 2 to 2^20."""
+        flat = np.ascontiguousarray(values, np.int32)
+        if len(flat):
+            self._coder.encode(flat, _models().Uniform(), np.ascontiguousarray(widths, np.int32))
+
     def finish(self) -> bytes:
         """The bytes."""
         words = self._coder.get_compressed()
@@ -288,6 +294,13 @@ class Decoder:
         return self._decode(_models().Categorical(perfect=False), counts / float(TOTAL)).astype(
             np.int64
         )
+
+    def uniform(self, widths: npt.ArrayLike) -> Ints:
+        """One integer for each width."""
+        flat = np.ascontiguousarray(widths, np.int32)
+        if not len(flat):
+            return np.zeros(0, dtype=np.int64)
+        return self._decode(_models().Uniform(), flat).astype(np.int64)
 
     def _decode(self, *what: Any) -> npt.NDArray[np.int32]:
         try:
