@@ -40,8 +40,8 @@ ORDERS = (0, 1, 2, 4, 8, 12, 16, 24, 32)
 ASIDE = 8
 """Samples of the channel before that are looked at on either side of now."""
 
-BITS = 13
-"""Binary places of coefficients."""
+BITS, PLACES = 16, 15
+"""Bits of a coefficient at most, and how many of them may stand behind the point."""
 
 ROUNDS = 2
 """How often a fit is weighed anew."""
@@ -188,9 +188,10 @@ def _past(values: Ints, order: int) -> Ints:
     return np.stack(views, -1) if views else np.zeros((*values.shape, 0), dtype=np.int64)
 
 
-def _predicted(features: Ints, coefficients: Ints) -> Ints:
-    """Rounded products of features [..., F] and coefficients [..., F]."""
-    return ((features * coefficients).sum(-1) + (1 << (BITS - 1))) >> BITS
+def _predicted(features: Ints, coefficients: Ints, places: Ints) -> Ints:
+    """Rounded products of features [..., F] and coefficients [..., F] of so many binary places."""
+    guess: Ints = ((features * coefficients).sum(-1) + ((1 << places) >> 1)) >> places
+    return guess
 
 
 class Size:
@@ -223,9 +224,9 @@ def _encode(sound: Ints, block: int) -> Frame:
     coder.uniform([count & 0xFFF, count >> 12], [1 << 12, 1 << 12])
     for c in range(channels):
         values = lanes.split(sound[c])
-        orders, matrix = _fit(values, other, lanes)
+        orders, matrix, places = _fit(values, other, lanes)
         features = np.concatenate([_past(values, ORDERS[-1]), _beside(other, lanes)], -1)
-        residuals = values - _predicted(features, matrix[None])
+        residuals = values - _predicted(features, matrix[None], places)
         starts = _starts(residuals, lanes)
         size, contexts = Size(_roots(starts)), np.zeros_like(residuals)
         misses = np.abs(residuals)
@@ -237,7 +238,7 @@ def _encode(sound: Ints, block: int) -> Frame:
             np.arange(lanes.lanes) < lanes.lanes - 1, lanes.steps, lanes.last
         )
         tables = choose(residuals[alive], contexts[alive])
-        _send(coder, orders, matrix, starts, tables, other is not None)
+        _send(coder, orders, matrix, places, starts, tables, other is not None)
         bank = Bank(tables)
         for t in range(lanes.steps):
             n = lanes.active(t)
@@ -258,21 +259,21 @@ def _decode(frame: Frame, channels: int, most: int, block: int) -> Ints:
     lanes = Lanes(count, block)
     sound, symbols, other = np.empty((channels, count), dtype=np.int64), [], None
     for c in range(channels):
-        matrix, starts, tables = _receive(coder, lanes.lanes, other is not None)
+        matrix, places, starts, tables = _receive(coder, lanes.lanes, other is not None)
         order = ORDERS[-1]
         beside = _beside(other, lanes)
         past = np.zeros((lanes.steps + order, lanes.lanes), dtype=np.int64)
         own = np.ascontiguousarray(matrix[:, :order][:, ::-1].T)  # [order, lanes], oldest first
         aside = (beside * matrix[None, :, order:]).sum(-1)  # [steps, lanes]
         residuals = np.zeros((lanes.steps, lanes.lanes), dtype=np.int64)
-        size, bank, half = Size(starts), Bank(tables), 1 << (BITS - 1)
+        size, bank, half = Size(starts), Bank(tables), (1 << places) >> 1
         for t in range(lanes.steps):
             n = lanes.active(t)
             if not n:
                 continue
             found = bank.decode(coder, size.contexts(n))
             guess = (past[t : t + order] * own).sum(0) + aside[t]
-            past[t + order, :n] = found + ((guess[:n] + half) >> BITS)
+            past[t + order, :n] = found + ((guess + half) >> places)[:n]
             residuals[t, :n] = found
             size.seen(np.abs(found))
         other = past[order:]
@@ -289,17 +290,25 @@ def _decode(frame: Frame, channels: int, most: int, block: int) -> Ints:
 
 def _small(symbols: Ints) -> Ints:
     """Residuals of 32-bit sound need 33 bits; the check takes the low 32."""
-    return symbols & 0xFFFFFFFF
+    low: Ints = symbols & 0xFFFFFFFF
+    return low
 
 
 # what a decoder needs to know of a channel ------------------------------------------------------
 
 
 def _send(
-    coder: Encoder, orders: Ints, matrix: Ints, starts: Ints, tables: np.ndarray, stereo: bool
+    coder: Encoder,
+    orders: Ints,
+    matrix: Ints,
+    places: Ints,
+    starts: Ints,
+    tables: np.ndarray,
+    stereo: bool,
 ) -> None:
     """Orders, coefficients by their size in bits and their digits, first sizes, tables used."""
     coder.uniform(orders, np.full(len(orders), len(ORDERS)))
+    coder.uniform(places, np.full(len(places), PLACES + 1))
     coder.uniform(starts, np.full(len(starts), SCALES))
     coder.uniform(tables, np.full(len(tables), SCALES * SHAPES))
     for lane, o in enumerate(orders):
@@ -312,8 +321,9 @@ def _send(
         coder.uniform(zig[deep] - (1 << (bits[deep] - 1)), 1 << (bits[deep] - 1))
 
 
-def _receive(coder: Decoder, lanes: int, stereo: bool) -> tuple[Ints, Ints, np.ndarray]:
+def _receive(coder: Decoder, lanes: int, stereo: bool) -> tuple[Ints, Ints, Ints, np.ndarray]:
     orders = coder.uniform(np.full(lanes, len(ORDERS)))
+    places = coder.uniform(np.full(lanes, PLACES + 1))
     starts = coder.uniform(np.full(lanes, SCALES))
     tables = coder.uniform(np.full(CONTEXTS, SCALES * SHAPES)).astype(np.uint8)
     aside = (2 * ASIDE + 1) * stereo
@@ -327,7 +337,7 @@ def _receive(coder: Decoder, lanes: int, stereo: bool) -> tuple[Ints, Ints, np.n
         line = np.where(zig % 2, -(zig + 1) // 2, zig // 2)
         matrix[lane, : ORDERS[o]] = line[: ORDERS[o]]
         matrix[lane, ORDERS[-1] :] = line[ORDERS[o] :]
-    return matrix, _roots(starts), tables
+    return matrix, places, _roots(starts), tables
 
 
 _LENGTHS = Table.from_counts(np.ones(18))
@@ -337,7 +347,8 @@ _LENGTHS = Table.from_counts(np.ones(18))
 def _roots(scales: Ints) -> Ints:
     """Sizes in sixteenths by number: thirds of an octave, rounded down by whole octaves."""
     octave, third = np.divmod(scales, 3)
-    return ((1 << np.minimum(octave, 40)) * np.array([16, 20, 25])[third]) >> 4
+    size: Ints = ((1 << np.minimum(octave, 40)) * np.array([16, 20, 25])[third]) >> 4
+    return size
 
 
 def _starts(residuals: Ints, lanes: Lanes) -> Ints:
@@ -350,8 +361,8 @@ def _starts(residuals: Ints, lanes: Lanes) -> Ints:
 # fitting, by the encoder alone ------------------------------------------------------------------
 
 
-def _fit(values: Ints, other: Ints | None, lanes: Lanes) -> tuple[Ints, Ints]:
-    """Order and coefficients of every block: the order that makes it smallest by estimate."""
+def _fit(values: Ints, other: Ints | None, lanes: Lanes) -> tuple[Ints, Ints, Ints]:
+    """Order, coefficients and their binary places: of the orders, the one that costs least."""
     aside = 0 if other is None else 2 * ASIDE + 1
     most, steps = ORDERS[-1], lanes.steps
     features = np.concatenate([_past(values, most), _beside(other, lanes)], -1)
@@ -363,7 +374,7 @@ def _fit(values: Ints, other: Ints | None, lanes: Lanes) -> tuple[Ints, Ints]:
         weighed = (x * weight).transpose(0, 2, 1)
         gram, wanted = weighed @ x, weighed @ y
         scale = np.einsum("lii->l", gram)[:, None, None] / x.shape[-1] + 1e-6
-        line = np.linalg.solve(gram + 1e-7 * scale * np.eye(x.shape[-1]), wanted)
+        line = np.linalg.solve(gram + 1e-10 * scale * np.eye(x.shape[-1]), wanted)
         # the coder follows the size of residuals, so loud places shall not rule the fit
         missed = np.abs(y - x @ line)
         weight = (weight > 0) / (_smooth(missed) + 0.5) ** 2
@@ -372,21 +383,31 @@ def _fit(values: Ints, other: Ints | None, lanes: Lanes) -> tuple[Ints, Ints]:
     best = np.full(lanes.lanes, np.inf)
     orders = np.zeros(lanes.lanes, dtype=np.int64)
     matrix = np.zeros((lanes.lanes, most + aside), dtype=np.int64)
+    places = np.zeros(lanes.lanes, dtype=np.int64)
     for number, order in enumerate(ORDERS):
         used = [*range(order), *range(most, most + aside)]
         found = np.zeros((lanes.lanes, most + aside), dtype=np.int64)
+        point = np.zeros(lanes.lanes, dtype=np.int64)
         if used:
             part = gram[:, used][:, :, used]
             scale = np.einsum("lii->l", part)[:, None, None] / len(used) + 1e-6
-            line = np.linalg.solve(part + 1e-7 * scale * np.eye(len(used)), wanted[:, used])[..., 0]
-            found[:, used] = np.clip(np.rint(line * (1 << BITS)), -65535, 65535)
-        left = np.abs(values - _predicted(features, found[None])).T[..., None].astype(np.float64)
+            ridge = 1e-10 * scale * np.eye(len(used))
+            line = np.linalg.solve(part + ridge, wanted[:, used])[..., 0]
+            largest = np.frexp(np.abs(line).max(1))[1]
+            point = np.clip(BITS - largest, 0, PLACES).astype(np.int64)
+            whole = np.rint(line * (1 << point)[:, None])
+            found[:, used] = np.clip(whole, -(1 << BITS) + 1, (1 << BITS) - 1)
+        left = (
+            np.abs(values - _predicted(features, found[None], point))
+            .T[..., None]
+            .astype(np.float64)
+        )
         # Laplace: log2(2 e b) bits a sample, and what the coefficients cost
         bits = np.log2(2 * np.e * (_smooth(left) + 0.2)).sum((1, 2)) + 14 * len(used)
         better = bits < best
         best, orders = np.where(better, bits, best), np.where(better, number, orders)
-        matrix[better] = found[better]
-    return orders, matrix
+        matrix[better], places[better] = found[better], point[better]
+    return orders, matrix, places
 
 
 def _smooth(missed: np.ndarray, width: int = 32) -> np.ndarray:

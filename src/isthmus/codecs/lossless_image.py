@@ -3,7 +3,7 @@
 ::
 
     band of rows ─▶ planes G R B A ─▶ tiles, all at once
-    pixel (x, y) of a tile has its turn at x + 4 y: its 18 neighbours above and to the left are known
+    pixel (x, y) of a tile has its turn at x + 4 y: 18 neighbours above and left are known
         class      = how rough the neighbours are, 4 of them
         prediction = coefficients[class] · (neighbours, 3 x 3 of the planes before)
         context    = expected |residual| = weights · (residuals around, differences around)
@@ -224,11 +224,14 @@ class Plane:
         """Values around places [N], less the middle: [N, F]."""
         parts = [self.values[at[:, None] + self.before]]
         parts += [values[at[:, None] + self.around] for values, _ in self.others]
-        return np.concatenate(parts, 1) - self.base
+        found: Ints = np.concatenate(parts, 1) - self.base
+        return found
 
     def roughness(self, at: Ints) -> Ints:
         """[N]."""
-        return self.sizes(at)[:, len(self.errors) : len(self.errors) + len(ROUGH)].sum(1)
+        e = len(self.errors)
+        found: Ints = self.sizes(at)[:, e : e + len(ROUGH)].sum(1)
+        return found
 
     def sizes(self, at: Ints) -> Ints:
         """What tells the size of a residual: [N, G], the last one 1."""
