@@ -355,7 +355,9 @@ def _starts(residuals: Ints, lanes: Lanes) -> Ints:
     """The number of the mean size of each block's first residuals after the warm-up."""
     first = np.abs(residuals[ORDERS[-1] : ORDERS[-1] + 256])
     mean = (first if len(first) else np.abs(residuals)).mean(0) * 16
-    return np.clip(np.rint(3 * np.log2(np.maximum(mean, 1.0))), 0, SCALES - 1).astype(np.int64)
+    number = np.rint(3 * np.log2(np.maximum(mean, 1.0)))
+    starts: Ints = np.clip(number, 0, SCALES - 1).astype(np.int64)
+    return starts
 
 
 # fitting, by the encoder alone ------------------------------------------------------------------

@@ -66,12 +66,14 @@ def open_signal(path: str | Path, *, exact: bool = True) -> Signal:
     return _sound(Path(path), exact) if medium_of(path) == "audio" else _picture(Path(path), exact)
 
 
-def save_signal(path: str | Path, signal: Signal) -> None:
+def save_signal(path: str | Path, signal: Signal, *, exact: bool = True) -> None:
     """Write a signal into a file, in the format of its suffix; what was there is replaced whole.
 
     Args:
         path: The file.
         signal: Sound or a picture.
+        exact: Keep the type of the samples or refuse; False writes sound in float32 as 16 bits,
+            cut at the limits.
 
     Raises:
         InvalidInputError: The format of that name cannot hold the signal, or is not known.
@@ -83,7 +85,10 @@ def save_signal(path: str | Path, signal: Signal) -> None:
     if medium_of(path) != medium:
         raise InvalidInputError(f"{path} is no name for {medium}; choose another suffix")
     with replaced(path) as part:
-        (_save_sound if medium == "audio" else _save_picture)(part, path, signal)
+        if medium == "audio":
+            _save_sound(part, path, signal, exact)
+        else:
+            image.write_pixels(part, torch.cat(list(signal.chunks), 1), str(path))
 
 
 @contextmanager
@@ -164,15 +169,18 @@ def _sound(path: Path, exact: bool) -> Signal:
     return Signal(signal, chunks())
 
 
-def _save_sound(part: Path, path: Path, signal: Signal) -> None:
+def _save_sound(part: Path, path: Path, signal: Signal, faithful: bool) -> None:
     soundfile: Any = require("soundfile", "codec")
-    info = signal.info
+    info = dict(signal.info)
+    rounded = not faithful and info["dtype"] == "float32"
+    if rounded:
+        info["dtype"] = "int16"
     kind = {"oga": "OGG", "opus": "OGG", "aif": "AIFF"}.get(
         path.suffix.lower().lstrip("."), path.suffix.lstrip(".").upper()
     )
-    exact, dtype = kind not in ("OGG", "MP3"), str(info["dtype"])
-    subtype = _SUBTYPES.get(dtype, "FLOAT") if exact else ("OPUS" if ".opus" in path.name else None)
-    if exact and not soundfile.check_format(kind, subtype):
+    keeps, dtype = kind not in ("OGG", "MP3"), str(info["dtype"])
+    subtype = _SUBTYPES.get(dtype, "FLOAT") if keeps else ("OPUS" if ".opus" in path.name else None)
+    if keeps and not soundfile.check_format(kind, subtype):
         if dtype == "int8" and soundfile.check_format(kind, "PCM_U8"):
             subtype = "PCM_U8"
         else:
@@ -186,6 +194,8 @@ def _save_sound(part: Path, path: Path, signal: Signal) -> None:
         ) as file:
             for chunk in signal.chunks:
                 data = chunk.T.numpy()
+                if rounded:
+                    data = np.rint(data.clip(-1, 1) * 32767).astype(np.int32)
                 if shift:
                     data = (data.astype(np.int64) << shift).astype(np.int32)
                 file.write(np.ascontiguousarray(data))
@@ -205,11 +215,6 @@ def _picture(path: Path, exact: bool) -> Signal:
         "shape": list(pixels.shape),
     }
     return Signal(info, iter(torch.split(pixels, rows, 1)))
-
-
-def _save_picture(part: Path, path: Path, signal: Signal) -> None:
-    pixels = torch.cat(list(signal.chunks), 1)
-    image.write_pixels(part, pixels, str(path))
 
 
 def described(info: Mapping[str, Any]) -> str:
