@@ -40,6 +40,15 @@ class Pictured(Protocol):
 
 
 @runtime_checkable
+class Exact(Pictured, Protocol):
+    """A record that has every value of a picture as it is in its file."""
+
+    def pixels(self) -> Tensor:
+        """The values, uint8 [C, H, W], or int32 for 16 bits."""
+        ...
+
+
+@runtime_checkable
 class Masked(Pictured, Protocol):
     """A record that has a picture and a class for each of its pixels."""
 
@@ -57,6 +66,10 @@ class PictureFile:
     def picture(self) -> Tensor:
         """The picture, uint8 [3, H, W]."""
         return read_image(self.path)
+
+    def pixels(self) -> Tensor:
+        """Every value as it is, [C, H, W]; see :func:`read_pixels`."""
+        return read_pixels(self.path)
 
 
 @dataclass(frozen=True)
