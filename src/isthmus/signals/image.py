@@ -288,6 +288,36 @@ def resize(picture: Tensor, size: tuple[int, int]) -> Tensor:
     return small[0].round().clamp(0, 255).to(picture.dtype)
 
 
+def tiles(picture: Tensor, side: int) -> Tensor:
+    """A picture cut into squares, its last rows and columns repeated up to whole ones.
+
+    Args:
+        picture: [C, H, W].
+        side: Side of a square.
+
+    Returns:
+        [B, C side side], squares in raster order.
+
+    Example:
+        >>> tiles(torch.arange(6).view(1, 2, 3), 2).tolist()
+        [[0, 1, 3, 4], [2, 2, 5, 5]]
+    """
+    down, across = -picture.shape[1] % side, -picture.shape[2] % side
+    picture = torch.cat([picture, picture[:, -1:].expand(-1, down, -1)], 1)
+    picture = torch.cat([picture, picture[..., -1:].expand(-1, -1, across)], 2)
+    planes, height, width = picture.shape
+    grid = picture.reshape(planes, height // side, side, width // side, side)
+    return grid.permute(1, 3, 0, 2, 4).reshape(-1, planes * side * side).contiguous()
+
+
+def untiled(squares: Tensor, shape: tuple[int, int, int], side: int) -> Tensor:
+    """The picture [C, H, W] of that shape whose squares :func:`tiles` has cut."""
+    planes, height, width = shape
+    down, across = -(-height // side), -(-width // side)
+    grid = squares.view(down, across, planes, side, side).permute(2, 0, 3, 1, 4)
+    return grid.reshape(planes, down * side, across * side)[:, :height, :width].contiguous()
+
+
 @contextlib.contextmanager
 def _opened(path: str | Path, *, decode: bool = True) -> Iterator[Any]:
     image_module = require("PIL.Image", "codec")

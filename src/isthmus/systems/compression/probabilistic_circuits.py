@@ -15,9 +15,7 @@ Differs: A range coder in the place of rANS. The combination with flows (section
 from __future__ import annotations
 
 import io
-import lzma
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -31,11 +29,19 @@ from isthmus.claims import Claim, Gate, Row, Ruler, judge
 from isthmus.claims import Scale as ClaimScale
 from isthmus.codecs.base import TrainedCodec, lookup, pack, unpack
 from isthmus.codecs.container import Frame, Header
+from isthmus.codecs.peers import LOSSLESS
 from isthmus.codecs.rangecoder import Decoder, Encoder, quantise
-from isthmus.errors import BrokenFileError, InvalidInputError, require
-from isthmus.models.circuit import Choose, Circuit, Walker, chow_liu, mutual_information
+from isthmus.errors import BrokenFileError, InvalidInputError
+from isthmus.models.circuit import (
+    Choose,
+    Circuit,
+    Walker,
+    chow_liu,
+    chow_liu_nats,
+    mutual_information,
+)
 from isthmus.roles import Loss, Medium, Signal
-from isthmus.signals.image import Exact
+from isthmus.signals.image import Exact, tiles, untiled
 from isthmus.training.data import Data
 from isthmus.training.loop import Plan
 from isthmus.training.system import WEIGHTS, Scale
@@ -87,11 +93,13 @@ class ProbabilisticCircuits(TrainedCodec):
 
     Example:
         >>> from isthmus.models.circuit import Circuit
-        >>> codec = ProbabilisticCircuits(Settings(1, side=2), Circuit([-1, 0, 1, 2], 1, 2), 1)
+        >>> coins = Circuit([-1, 0, 1, 2], 1, 2)
+        >>> coins.reset(0.0)
+        >>> codec = ProbabilisticCircuits(Settings(1, side=2), coins, 1)
         >>> pixels = torch.zeros(1, 8, 8, dtype=torch.uint8)
         >>> info = {"medium": "image", "dtype": "uint8", "shape": [1, 8, 8]}
-        >>> pack(codec, Signal(info, [pixels]), io.BytesIO()).payload  # 64 fair coins: 8 bytes
-        8
+        >>> pack(codec, Signal(info, [pixels]), io.BytesIO()).payload  # 64 coins, and a word
+        12
     """
 
     name = "probabilistic-circuits"
@@ -171,7 +179,7 @@ class ProbabilisticCircuits(TrainedCodec):
             )
         while seen < picture.shape[1]:
             band = picture[:, seen : seen + rows]
-            values = _cut(_padded(band, self.settings.side), self.settings.side).numpy()
+            values = tiles(band, self.settings.side).numpy()
             coder = Encoder()
 
             def choose(node: int, law: Any, values: Any = values, coder: Any = coder) -> Any:
@@ -200,19 +208,18 @@ class ProbabilisticCircuits(TrainedCodec):
 
             self.walk(len(values), choose)
             frame.verify(values)
-            grid = torch.from_numpy(values).view(down, across, planes, side, side)
-            band = grid.permute(2, 0, 3, 1, 4).reshape(planes, down * side, across * side)
-            yield band[:, :high, :width].to(kind).contiguous()
+            yield untiled(torch.from_numpy(values), (planes, high, width), side).to(kind)
 
     def walk(self, batch: int, choose: Choose) -> int:
         """All conditionals of a batch by the schedule of the settings; edges that it took."""
         walker = Walker(self.module)
         (walker.fast if self.settings.fast else walker.naive)(batch, choose)
-        return walker.edges
+        edges: int = walker.edges
+        return edges
 
     def _rows(self, width: int) -> int:
-        across = -(-width // self.settings.side)
-        return self.settings.side * max(1, BAND // across)
+        side: int = self.settings.side
+        return side * max(1, BAND // -(-width // side))
 
     def _check(self, info: Mapping[str, Any], error: type[Exception]) -> None:
         planes, most = info["shape"][0], 1 << 16
@@ -262,20 +269,6 @@ class Learner:
         return {"bits_per_value": float(nats) / self.valid.numel() / float(np.log(2))}
 
 
-def _padded(picture: Tensor, side: int) -> Tensor:
-    """[C, H, W] with its last rows and columns repeated up to whole patches."""
-    down, across = -picture.shape[1] % side, -picture.shape[2] % side
-    picture = torch.cat([picture, picture[:, -1:].expand(-1, down, -1)], 1)
-    return torch.cat([picture, picture[..., -1:].expand(-1, -1, across)], 2)
-
-
-def _cut(picture: Tensor, side: int) -> Tensor:
-    """[C, H, W] into patches [B, C side side]."""
-    planes, height, width = picture.shape
-    grid = picture.reshape(planes, height // side, side, width // side, side)
-    return grid.permute(1, 3, 0, 2, 4).reshape(-1, planes * side * side).contiguous()
-
-
 def _patches(records: Iterable[Exact], settings: Settings) -> tuple[Tensor, int]:
     """Patches of pictures [N, D] and their planes; at most so many, evenly chosen."""
     found: list[Tensor] = []
@@ -293,7 +286,7 @@ def _patches(records: Iterable[Exact], settings: Settings) -> tuple[Tensor, int]
                 f"{record!r:.80} has {len(pixels)} plane(s) and others have {planes}; give "
                 "pictures that are all grey or all coloured"
             )
-        found.append(_cut(_padded(pixels, settings.side), settings.side))
+        found.append(tiles(pixels, settings.side))
     whole = torch.cat(found)
     return whole[:: -(-len(whole) // settings.patches)], planes
 
@@ -327,11 +320,13 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
         nats = -ours.module(judged.flatten(1).long()).sum()
     model_bits = float(nats) / float(np.log(2))
     within = bits["ours"] * values - 1.01 * model_bits
-    peers = {name: 8 * len(f(judged)) / values for name, f in PEERS.items()}
+    peers = {name: 8 * len(f(judged)) / values for name, f in LOSSLESS.items()}
     mosaic = io.BytesIO()
     image: Any = lookup("lossless-image")
     bits["lossless-image"] = 8 * pack(image(), Signal(info, [strip]), mosaic).file / values
-    tree = _chow_liu_bits(digits, judged)
+    train = torch.cat([r.pixels().flatten().long()[None] for r in digits.train])
+    tree = min(chow_liu_nats(train, judged.flatten(1).long(), a) for a in (0.01, 0.03, 0.1, 0.3))
+    tree /= values * float(np.log(2))
     timing = ruler.compare(
         {
             "fast": lambda: pack(ours, Signal(info, [strip]), io.BytesIO()),
@@ -393,55 +388,3 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
             "JPEG XL is not among the peers here; the card measured 3.35 bits a pixel for it.",
         ),
     )
-
-
-def _chow_liu_bits(data: Data[Exact], judged: Tensor) -> float:
-    """Bits a value of a Chow-Liu tree on the pixels themselves, its counts smoothed."""
-    train = torch.cat([r.pixels().flatten().long()[None] for r in data.train])
-    levels = int(train.max()) + 1
-    parents, best = chow_liu(mutual_information(train, levels)), float("inf")
-    values = judged.flatten(1).long()
-    for pseudo in (0.01, 0.03, 0.1, 0.3):  # the best for the baseline
-        nats = 0.0
-        for node, parent in enumerate(parents):
-            own, above = train[:, node], train[:, parent] if parent >= 0 else train[:, node] * 0
-            counts = torch.zeros(levels, levels).double()
-            counts.index_put_((above, own), torch.ones(len(own)).double(), accumulate=True)
-            share = (own.bincount(minlength=levels) + 0.1) / (len(own) + 0.1 * levels)
-            smooth = counts + pseudo * levels * share
-            law = smooth / smooth.sum(1, keepdim=True)
-            seen = values[:, parent] if parent >= 0 else values[:, node] * 0
-            nats -= float(law[seen, values[:, node]].log().sum())
-        best = min(best, nats / values.numel() / float(np.log(2)))
-    return best
-
-
-def _pillow(form: str, **how: Any) -> Callable[[Tensor], bytes]:
-    """All digits in one picture, of a shape that suits the format best."""
-
-    def coded(digits: Tensor) -> bytes:
-        found = []
-        for across in (1, 20, len(digits)):
-            rows = -(-len(digits) // across)
-            sheet = torch.zeros(rows * across, 8, 8, dtype=torch.uint8)
-            sheet[: len(digits)] = digits
-            grid = sheet.view(rows, across, 8, 8).permute(0, 2, 1, 3).reshape(rows * 8, -1)
-            out = io.BytesIO()
-            require("PIL.Image", "codec").fromarray(grid.numpy()).save(out, form, **how)
-            found.append(out.getvalue())
-        return min(found, key=len)
-
-    return coded
-
-
-def _bytes(digits: Tensor) -> bytes:
-    return digits.contiguous().numpy().tobytes()
-
-
-PEERS: dict[str, Callable[[Tensor], bytes]] = {
-    "zlib": lambda x: zlib.compress(_bytes(x), 9),
-    "lzma": lambda x: lzma.compress(_bytes(x), preset=9 | lzma.PRESET_EXTREME),
-    "PNG": _pillow("PNG", optimize=True),
-    "WebP": _pillow("WEBP", lossless=True, quality=100, method=6),
-}
-"""Other lossless coders, whole files."""
