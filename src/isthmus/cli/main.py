@@ -53,6 +53,17 @@ app.command(
     help="Look into a model with a lens: what it does on an input, checked and drawn.",
 )
 app.command(
+    "isthmus.cli.codec:encode",
+    name="encode",
+    help="Make a file of sound or a picture small: an .ist file.",
+)
+app.command(
+    "isthmus.cli.codec:decode", name="decode", help="Turn an .ist file into sound or a picture."
+)
+app.command(
+    "isthmus.cli.codec:inspect", name="inspect", help="Say what is in an .ist file, and check it."
+)
+app.command(
     "isthmus.cli.train:export",
     name="export",
     help="Write a trained drafter in a format that a serving engine loads.",

@@ -1,6 +1,7 @@
 """Contract checks for whoever writes a part: each raises AssertionError and says what broke."""
 
 from isthmus.testing.acceptances import check_acceptance, emitted_laws
+from isthmus.testing.codecs import check_codec
 from isthmus.testing.drafters import check_drafter, check_tree
 from isthmus.testing.policies import check_policy
 from isthmus.testing.statistics import StringTest, goodness_of_fit, string_test
@@ -11,6 +12,7 @@ from isthmus.testing.trained import check_trained
 __all__ = [
     "StringTest",
     "check_acceptance",
+    "check_codec",
     "check_drafter",
     "check_policy",
     "check_streaming",
