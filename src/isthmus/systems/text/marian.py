@@ -16,9 +16,9 @@ Differs: The transformer row only; the recurrent presets, factored words and sev
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 
@@ -27,13 +27,10 @@ from isthmus.claims import Scale as ClaimScale
 from isthmus.decoding.fast import best_target
 from isthmus.decoding.model import Model
 from isthmus.decoding.target import HubTarget
-from isthmus.models.encoder_decoder import Config, EncoderDecoder
-from isthmus.signals.tokenizer import learn_tokenizer
-from isthmus.training.data import Data, Pair
+from isthmus.models.encoder_decoder import EncoderDecoder
 from isthmus.training.loop import Plan
 from isthmus.training.system import Scale
-from isthmus.training.text import PairLearner
-from isthmus.training.text_to_text import TextToText
+from isthmus.training.text_to_text import Translator, translation_config
 
 
 @dataclass(frozen=True)
@@ -91,11 +88,10 @@ _RECIPE = Plan(
 )
 
 
-class Marian(TextToText):
+class Marian(Translator):
     """Marian's transformer, trained on pairs."""
 
     name = "marian"
-    reads = "pairs"
     settings_type = Settings
     scales: ClassVar[Mapping[str, Scale]] = {
         "test": Scale(
@@ -124,42 +120,6 @@ class Marian(TextToText):
         "paper": Scale(Settings(), _RECIPE, "hub:wmt/wmt16:de-en"),
     }
 
-    @classmethod
-    def untrained(cls, settings: Settings, data: Data[Pair]) -> Self:
-        """A tokenizer learnt from both sides of the data, and random weights."""
-        texts = (text for pair in data.train for text in pair)
-        tokenizer = learn_tokenizer(texts, settings.vocab_size)
-        return cls(settings, EncoderDecoder(configuration(settings, len(tokenizer))), tokenizer)
-
-    def learner(self, data: Data[Pair], plan: Plan) -> PairLearner:
-        """Pairs in batches of like lengths."""
-        s = self.settings
-        return PairLearner(
-            self.module,
-            self.tokenizer,
-            data,
-            {"system": self.name, "settings": asdict(s)},
-            tokens=s.batch_tokens,
-            label_smoothing=s.label_smoothing,
-            seed=plan.seed,
-        )
-
-
-def configuration(settings: Settings, vocab_size: int) -> Config:
-    """The network of some settings."""
-    s = settings
-    return Config.marian(
-        vocab_size,
-        hidden_size=s.hidden_size,
-        encoder_layers=s.encoder_layers,
-        decoder_layers=s.decoder_layers,
-        num_attention_heads=s.num_attention_heads,
-        head_dim=s.hidden_size // s.num_attention_heads,
-        intermediate_size=s.intermediate_size,
-        dropout=s.dropout,
-        max_length=s.max_length,
-    )
-
 
 def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
     """Tokens a second of greedy translation, against transformers on the same weights."""
@@ -169,7 +129,7 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
         settings = replace(settings, encoder_layers=1, decoder_layers=1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = EncoderDecoder(configuration(settings, 8_000 if small else 512)).eval()
+        network = EncoderDecoder(translation_config(settings, 8_000 if small else 512)).eval()
         sources = torch.randint(2, network.config.vocab_size, (32, 24))
     twin: Any = network.to_hf()
     fast, plain = Model(best_target(network.to_hf())), Model(HubTarget(network.to_hf()))
