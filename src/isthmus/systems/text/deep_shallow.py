@@ -4,9 +4,10 @@ Paper: J. Kasai, N. Pappas, H. Peng, J. Cross, N. A. Smith, "Deep Encoder, Shall
     Reevaluating Non-autoregressive Machine Translation", 2020, arXiv:2006.10369
 Idea: The encoder runs once over the source and the decoder once for every token, so layers that
     are moved from the decoder to the encoder keep the accuracy and multiply the speed.
-Differs: A moving average of the weights stands for the average of the last 5 checkpoints. The
-    length of mask-predict's targets is read off the mean of the encoder's states instead of a
-    token of its own, and 3 lengths are tried instead of 5. The teacher is of the student's width.
+Differs: A moving average of the weights stands for the average of the last 5 checkpoints, and
+    trained models answer greedily where nobody asks for a beam. Mask-predict reads the length of
+    a target off the mean of the encoder's states instead of a token of its own, and tries 3
+    lengths instead of 5. Teachers are trained here like all else: first a model without a teacher.
 
     teacher (6-6) --beam 5--> pairs --> 12 encoder layers, 1 decoder layer
     time = E * c_enc + T * (D * c_dec + c_out)
