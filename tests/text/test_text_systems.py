@@ -18,6 +18,7 @@ from isthmus.training.data import Data, Pair
 from isthmus.training.loop import Plan
 from isthmus.training.system import train
 from isthmus.training.text import PairLearner
+from isthmus.workbench.data import data as named_data
 
 
 def call(capsys, *words: str) -> tuple[int, str, str]:
@@ -140,3 +141,27 @@ def test_marian_keeps_its_shortlist_in_the_folder(pairs, tmp_path, capsys):
     (out / "lexicon.s2t").write_text("no lexicon\n")
     code, _, error = call(capsys, "run", str(out), "3 plus 14")
     assert code == 2 and "lexicon.s2t, line 1" in error
+
+
+def test_an_ensemble_adds_up_log_probabilities_step_by_step(pairs):
+    data = named_data(str(pairs), "pairs")
+    settings = Marian.scales["test"].settings
+    systems = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        systems.append(Marian.untrained(settings, data))
+        systems[-1].module.eval()
+    one, other = (system.model for system in systems)
+    sources = ["3 plus 4", "11 plus 17", "5 plus 19"]
+    options = {"max_new_tokens": 8, "drafter": "none", "ignore_end": True}
+    alone = [g.tokens for g in one.generate(sources, **options)]
+    assert [g.tokens for g in one.generate(sources, fuse=one, **options)] == alone
+    both = [g.tokens for g in one.generate(sources, fuse=other, **options)]
+    for source, found in zip(sources, both, strict=True):
+        ids, text = torch.tensor([systems[0].tokenizer(source).input_ids]), [0]
+        with torch.no_grad():
+            for _ in range(8):
+                laws = (s.module(ids, torch.tensor([text]))[0, -1] for s in systems)
+                text.append(int(sum(law.log_softmax(-1) for law in laws).argmax()))
+        assert found == text[1:]
+    assert both != alone
