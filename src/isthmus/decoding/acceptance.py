@@ -61,6 +61,8 @@ def match_path(tree: TokenTree, choice: torch.Tensor) -> Verdict:
     topology = tree.topology
     if tree.batch == 1:
         return _match_one(tree, choice)
+    if tree.nodes == 1:  # nothing was drafted
+        return Verdict(torch.zeros_like(choice), choice[:, 0])
     parent = topology.parent.clamp(min=0).expand_as(tree.tokens)
     agree = tree.tokens == choice.gather(1, parent)
     agree[:, 0] = True

@@ -93,7 +93,9 @@ def fill_in(
         tokenizer: Of both sides.
         sources: Texts.
         steps: Passes.
-        candidates: Likeliest lengths that are tried; the surest translation is taken.
+        candidates: Likeliest lengths that are tried. The translation is taken whose mean
+            log-probability of a token and log-probability of the length are largest together; the
+            paper leaves the length out, which prefers lengths that nothing was trained on.
         batch_size: Sources at once.
     """
     answers: list[str] = []
@@ -108,17 +110,21 @@ def fill_in(
 def fill_ids(
     network: MaskedTranslation, source: torch.Tensor, steps: int, candidates: int = 3
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Translations int64 [B, T] of sources int64 [B, S], padded, and their certainties [B]."""
+    """Translations int64 [B, T] of sources int64 [B, S], padded, and what chose them [B].
+
+    See :func:`fill_in`.
+    """
     memory = network.encode(source)
     logits = network.lengths(memory)
     logits[:, 0] = -torch.inf  # the end of a text is one of its tokens
-    lengths = logits.topk(candidates).indices.flatten()  # [B * C]
+    likely = torch.log_softmax(logits, -1).topk(candidates)
+    lengths = likely.indices.flatten()  # [B * C]
     wide = type(memory)(*(x.repeat_interleave(candidates, 0) for x in (memory.states, memory.mask)))
     longest = int(lengths.max())
     places = torch.arange(longest, device=source.device) < lengths[:, None]
     pad, mask = network.config.pad_id, network.mask_token
     tokens, sure = mask_predict(lambda ids: network.fill(ids, wide), places, steps, mask, pad)
-    sure = sure.view(-1, candidates)
+    sure = sure.view(-1, candidates) + likely.values
     best = sure.argmax(1)
     rows = torch.arange(len(source), device=source.device)
     return tokens.view(len(source), candidates, -1)[rows, best], sure[rows, best]
