@@ -122,6 +122,11 @@ bench.command(
     name="serve",
     help="A server under load, beside that of transformers.",
 )
+bench.command(
+    "isthmus.cli.bench_translate:translate",
+    name="translate",
+    help="Translation engines on the same model: speed at equal output.",
+)
 app.command(bench)
 law = App(name="law", help="Scaling laws: how a loss falls with sizes.")
 law.command(
