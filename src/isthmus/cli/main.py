@@ -53,6 +53,17 @@ app.command(
     help="Look into a model with a lens: what it does on an input, checked and drawn.",
 )
 app.command(
+    "isthmus.cli.codec:encode",
+    name="encode",
+    help="Make a file of sound or a picture small: an .ist file.",
+)
+app.command(
+    "isthmus.cli.codec:decode", name="decode", help="Turn an .ist file into sound or a picture."
+)
+app.command(
+    "isthmus.cli.codec:inspect", name="inspect", help="Say what is in an .ist file, and check it."
+)
+app.command(
     "isthmus.cli.train:export",
     name="export",
     help="Write a trained drafter in a format that a serving engine loads.",
@@ -110,6 +121,11 @@ bench.command(
     "isthmus.cli.bench_serve:serve",
     name="serve",
     help="A server under load, beside that of transformers.",
+)
+bench.command(
+    "isthmus.cli.bench_translate:translate",
+    name="translate",
+    help="Translation engines on the same model: speed at equal output.",
 )
 app.command(bench)
 law = App(name="law", help="Scaling laws: how a loss falls with sizes.")

@@ -1,6 +1,7 @@
 """Contract checks for whoever writes a part: each raises AssertionError and says what broke."""
 
 from isthmus.testing.acceptances import check_acceptance, emitted_laws
+from isthmus.testing.codecs import check_codec
 from isthmus.testing.drafters import check_drafter, check_tree
 from isthmus.testing.lenses import check_lens
 from isthmus.testing.policies import check_policy
@@ -12,6 +13,7 @@ from isthmus.testing.trained import check_trained
 __all__ = [
     "StringTest",
     "check_acceptance",
+    "check_codec",
     "check_drafter",
     "check_lens",
     "check_policy",

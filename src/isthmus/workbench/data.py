@@ -14,7 +14,7 @@ from typing import Any
 from isthmus.errors import InvalidInputError, UnknownNameError
 from isthmus.signals.audio import Recording
 from isthmus.training.data import Data, Noisy, Pair, Spoken, Translated, read, read_hub
-from isthmus.workbench import codesearch, dates, numbers, pycode, speech
+from isthmus.workbench import codesearch, dates, digits, numbers, pycode, speech
 from isthmus.workbench.scene_masks import NAMED, MaskedScene, masked_scenes
 
 PREFIX, HUB = "workbench:", "hub:"
@@ -98,6 +98,11 @@ SOURCES: dict[str, Source] = {
     "numbers": Source("pairs", numbers.data, "numbers in words of four languages, and digits"),
     "scene-masks": Source("masks", _scenes, "rendered shapes and the class of every pixel"),
     "named-scenes": Source("pictures", _named_scenes, "small pictures of one shape each"),
+    "digits": Source(
+        "pictures",
+        lambda: Data(digits.records("learn"), digits.records("stop")),
+        "handwritten digits of 8 by 8 pixels and 17 levels",
+    ),
     "docstrings": Source(
         "pairs", _docstrings, "first paragraphs of docstrings, and the text or code that follows"
     ),

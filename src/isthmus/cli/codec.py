@@ -1,0 +1,167 @@
+"""``isthmus encode``, ``decode`` and ``inspect``: files made small, and whole again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from isthmus.cli.output import console, print_json
+
+Out = Annotated[Path, Parameter(name=["--out", "-o"])]
+Json = Annotated[bool, Parameter(negative="")]
+
+
+def encode(
+    given: Path,
+    /,
+    *,
+    out: Out,
+    codec: str = "",
+    rate: float | None = None,
+    model: Path | None = None,
+    json: Json = False,
+) -> int:
+    """Make a file of sound or a picture small: an .ist file.
+
+    Args:
+        given: wav, flac, ogg, mp3 ..., png, jpeg, webp ...
+        out: The .ist file to write; an older one there is replaced at the end.
+        codec: Name of a codec; lossless when not given. One that has to be trained is trained at
+            the scale small the first time.
+        rate: Wanted rate, of a codec that has a choice: kbit/s of sound, bits per pixel.
+        model: Folder of a trained codec, made by isthmus train.
+        json: Print one JSON object and nothing else on standard output.
+    """
+    from isthmus.workbench.coding import encode as write
+
+    with _progress("encoding", json) as (heard, report):
+        sizes = write(given, out, codec=codec, rate=rate, model=model, heard=heard, report=report)
+    before = given.stat().st_size
+    if json:
+        print_json({"out": str(out), "given_bytes": before, **asdict(sizes)})
+        return 0
+    share = f"{sizes.file / before:.1%} of {before:,}"
+    console().print(
+        f"{out}: {sizes.file:,} bytes ({share}), {sizes.codec}, {sizes.frames} frame(s)"
+    )
+    if sizes.file > before:
+        console(stderr=True).print(
+            f"{given.name} is smaller than what comes out: it was lossy, or of a kind that its own "
+            "format codes better"
+        )
+    return 0
+
+
+def decode(
+    given: Path,
+    /,
+    *,
+    out: Out,
+    model: Path | None = None,
+    partial: Annotated[bool, Parameter(negative="")] = False,
+    json: Json = False,
+) -> int:
+    """Turn an .ist file into sound or a picture.
+
+    Args:
+        given: The .ist file.
+        out: The file to write, in the format of its suffix; an older one is replaced at the end.
+        model: Folder of the trained codec that wrote the file, if it is not known here.
+        partial: Of a damaged file, write what comes before the damage.
+        json: Print one JSON object and nothing else on standard output.
+    """
+    from isthmus.signals.files import described
+    from isthmus.workbench.coding import decode as write
+
+    with _progress("decoding", json) as (heard, _):
+        opened = write(given, out, model=model, partial=partial, heard=heard)
+    damage = opened.reader.damage
+    if json:
+        print_json(
+            {
+                "out": str(out),
+                "codec": opened.codec.id,
+                "lossless": opened.codec.lossless,
+                "signal": dict(opened.signal.info),
+                "damage": damage,
+            }
+        )
+        return 0
+    exact = "every bit as it was" if opened.codec.lossless else "lossy"
+    said = f"{out}: {described(opened.signal.info)}, {exact}"
+    console().print(said if not damage else f"{out}: the part before the damage")
+    if damage:
+        console(stderr=True).print(damage)
+    return 0
+
+
+def inspect(given: Path, /, *, json: Json = False) -> int:
+    """Say what is in an .ist file, and check it.
+
+    The checksums of all frames are checked; nothing is decoded. A damaged file gives exit code 2.
+
+    Args:
+        given: The .ist file.
+        json: Print one JSON object and nothing else on standard output.
+    """
+    from rich.table import Table
+
+    from isthmus.signals.files import described
+    from isthmus.workbench.coding import inspect as look
+
+    found = look(given)
+    if json:
+        print_json(found)
+        return 2 if found["damage"] else 0
+    signal = found["signal"]
+    rate = ""
+    if found["length"] and signal["medium"] == "audio":
+        rate = f", {found['bytes'] * 8 * signal['rate_hz'] / found['length'] / 1000:.2f} kbit/s"
+    elif signal["medium"] == "image":
+        rate = (
+            f", {found['bytes'] * 8 / (signal['shape'][1] * signal['shape'][2]):.2f} bits a pixel"
+        )
+    frames = ", ".join(f"{n} {kind}" for kind, n in found["frames"].items()) or "none"
+    parameters = ", ".join(f"{k} {v}" for k, v in found["parameters"].items()) or "none"
+    rows = {
+        "codec": f"{found['codec']}, {'lossless' if found['lossless'] else 'lossy'}",
+        "signal": described(signal),
+        "size": f"{found['bytes']:,} bytes{rate}; header {found['header_bytes']}, payload "
+        f"{found['payload_bytes']:,}",
+        "frames": frames,
+        "parameters": parameters,
+        "entropy model": ", ".join(f"{k} {v}" for k, v in found["entropy"].items()),
+        "model": f"{found['fingerprint'][:8]}: {found['model']}",
+        "state": found["damage"] or "whole: all checksums fit",
+    }
+    rows |= {f"text {i + 1}": text for i, text in enumerate(found["texts"])}
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    console().print(table)
+    return 2 if found["damage"] else 0
+
+
+@contextmanager
+def _progress(
+    what: str, silent: bool
+) -> Iterator[tuple[Callable[[int, int | None], None], Callable[[Any], None]]]:
+    """A bar on a terminal, nothing elsewhere."""
+    from rich.progress import Progress
+
+    screen = console(stderr=True)
+    with Progress(console=screen, transient=True, disable=silent or not screen.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+
+        def heard(done: int, total: int | None) -> None:
+            bar.update(task, completed=done, total=total)
+
+        def report(now: Any) -> None:
+            bar.update(task, description=f"training once, step {now.step}", completed=now.step)
+
+        yield heard, report
