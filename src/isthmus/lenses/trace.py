@@ -205,8 +205,9 @@ def _before(on: Callable[[str, Tensor], Tensor | None], name: str) -> Any:
 def _after(on: Callable[[str, Tensor], Tensor | None], name: str, item: int) -> Any:
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         if not isinstance(output, tuple):
-            new = on(name, output)
-            return None if new is None else new
+            return on(name, output) if item == 0 else None
+        if item >= len(output) or output[item] is None:
+            return None
         new = on(name, output[item])
         return None if new is None else (*output[:item], new, *output[item + 1 :])
 
