@@ -11,7 +11,7 @@ from isthmus.lenses.sites import SiteMap, eager, probe_of
 from isthmus.lenses.trace import Trace
 from isthmus.systems.lenses.flow_routes import FlowRoutes, Settings
 from isthmus.testing import check_lens
-from isthmus.workbench.induction import induction_model, repeated
+from isthmus.workbench.induction import induction_model, repeated, with_cancelling_heads
 
 IDS = torch.tensor([5, 9, 33, 9, 12, 40])
 NO_HEADS = {"Mamba", "Mamba2", "T5", "Bart", "Marian", "Whisper", "MBart", "Gemma2", "Gemma3"}
@@ -102,6 +102,18 @@ def test_the_model_that_repeats_learns_to():
     for row, n in zip(texts.tolist(), period.tolist(), strict=True):
         assert row[n:] == row[:-n]
     assert induction_model(2).training is False
+
+
+def test_heads_that_cancel_add_nothing_and_carry_little():
+    model = induction_model(2)
+    planted = with_cancelling_heads(model)
+    ids = repeated(1)[0][0]
+    lens, size = FlowRoutes(), FlowRoutes(Settings(proximity=False))
+    near, large = (each.importance(each.flows(planted, ids), 31)[1] for each in (lens, size))
+    assert float(large[:2].min()) > float(large[2:].max())
+    assert float(near[:2].sum()) < 0.5 * float(large[:2].sum())
+    attention = planted.model.layers[1].self_attn
+    assert torch.allclose(attention.o_proj.weight[:, :16], -attention.o_proj.weight[:, 16:32])
 
 
 def test_thresholds_are_importances():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import zlib
 from typing import Any
@@ -93,3 +94,24 @@ def induction_model(steps: int = 600) -> Any:
     plan = Plan(steps, learning_rate=3e-3, warmup_steps=min(100, steps // 3), weight_decay=0.01)
     Trainer(learner, plan).run()
     return learner.module.eval()
+
+
+def with_cancelling_heads(model: Any, scale: float = 20.0) -> Any:
+    """A copy whose last layer has two heads that look alike and write large opposites.
+
+    What they add is nothing, whatever the input.
+
+    Args:
+        model: What :func:`induction_model` gives.
+        scale: By how much what the first one wrote grows.
+    """
+    planted = copy.deepcopy(model)
+    attention = planted.model.layers[-1].self_attn
+    size = attention.head_dim
+    with torch.no_grad():
+        for part in (attention.q_proj, attention.k_proj, attention.v_proj):
+            part.weight[size : 2 * size] = part.weight[:size]
+        out = attention.o_proj.weight  # [D, H * d]
+        out[:, :size] *= scale
+        out[:, size : 2 * size] = -out[:, :size]
+    return planted

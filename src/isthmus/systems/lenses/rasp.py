@@ -285,7 +285,7 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
         needed = layers_heads(op)
         counts[program.name] = (len(needed), max(needed)) == program.size
     plan = Plan(
-        4_000 if small else 20, learning_rate=1e-3, warmup_steps=200 if small else 2, clip_norm=1.0
+        3_000 if small else 20, learning_rate=1e-3, warmup_steps=200 if small else 2, clip_norm=1.0
     )
     width = 64 if small else 8
     whole, one = Rasp(), Rasp(Settings(layers=1))
