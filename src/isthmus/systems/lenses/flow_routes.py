@@ -240,15 +240,14 @@ class FlowRoutes:
         flows = self.flows(model, ids)
         with torch.no_grad():
             logits = model(input_ids=ids[None]).logits[0, -1]
-        told = subject.tokenizer
-        words = [str(i) for i in ids.tolist()]
-        best = str(int(logits.argmax()))
-        if told is not None:
-            words = told.convert_ids_to_tokens(ids.tolist())
-            best = told.decode([int(logits.argmax())])
+        words, best = [str(i) for i in ids.tolist()], str(int(logits.argmax()))
+        if subject.tokenizer is not None:
+            words = subject.tokenizer.convert_ids_to_tokens(ids.tolist())
+            best = subject.tokenizer.decode([int(logits.argmax())])
         places = tuple(f"{i} {visible(w)}" for i, w in enumerate(words))
         edges = self.route(flows, len(ids) - 1)
         layers = len(flows)
+        numbers = tuple(str(i + 1) for i in range(layers))
         names = ["embeddings"]
         for i in range(1, layers + 1):
             names += [f"attention {i}", f"feed-forward {i}", f"layer {i}"]
@@ -278,15 +277,12 @@ class FlowRoutes:
                 "importance of heads on the route": Array(
                     heads.numpy(),
                     ("layer", "head"),
-                    (
-                        tuple(str(i + 1) for i in range(layers)),
-                        tuple(str(h) for h in range(heads.shape[1])),
-                    ),
+                    (numbers, tuple(str(h) for h in range(heads.shape[1]))),
                 ),
                 "what the last position takes from each token": Array(
                     attended.numpy(),
                     ("layer", "token"),
-                    (tuple(str(i + 1) for i in range(layers)), places),
+                    (numbers, places),
                 ),
             },
             tables={"heads": rows},
@@ -388,8 +384,7 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
         notes=(
             "a head's importance is what of the prediction goes through it; the sum over a route's "
             "edges, tried first, counts a layer once for every position and found 1 of the 2",
-            "planted: two heads of the last layer that look alike and write opposites, 20 times "
-            "what one of them wrote",
+            "planted: two heads of the last layer look alike and write large opposites",
             f"cost of leaving out, nats a token: {_grid(cost)}",
             f"carried: {_grid(ours)}; beside two that cancel: {_grid(ours_planted)}; there by size "
             f"alone: {_grid(theirs_planted)}",
