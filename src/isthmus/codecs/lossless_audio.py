@@ -399,11 +399,7 @@ def _fit(values: Ints, other: Ints | None, lanes: Lanes) -> tuple[Ints, Ints, In
             point = np.clip(BITS - largest, 0, PLACES).astype(np.int64)
             whole = np.rint(line * (1 << point)[:, None])
             found[:, used] = np.clip(whole, -(1 << BITS) + 1, (1 << BITS) - 1)
-        left = (
-            np.abs(values - _predicted(features, found[None], point))
-            .T[..., None]
-            .astype(np.float64)
-        )
+        left = np.abs(y - x @ (found / (1 << point)[:, None])[..., None])
         # Laplace: log2(2 e b) bits a sample, and what the coefficients cost
         bits = np.log2(2 * np.e * (_smooth(left) + 0.2)).sum((1, 2)) + 14 * len(used)
         better = bits < best

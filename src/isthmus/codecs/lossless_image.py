@@ -349,7 +349,8 @@ def _check(info: Mapping[str, Any], error: type[Exception]) -> None:
 
 
 def _rows(width: int) -> int:
-    return max(1, BAND // width)
+    """Rows of a band: about so many pixels, the margins of its tiles counted."""
+    return max(1, BAND // (width + 2 * MARGIN * -(-width // TILE)))
 
 
 def _most(info: Mapping[str, Any]) -> int:
