@@ -195,7 +195,7 @@ def _predicted(features: Ints, coefficients: Ints, places: Ints) -> Ints:
 
 
 class Size:
-    """Running means of |residual|, in sixteenths: the contexts of the next ones.
+    """Running means of the sizes of residuals, in sixteenths: the contexts of the next ones.
 
     Args:
         lanes: Blocks.
@@ -211,7 +211,7 @@ class Size:
         return context((5 * self.fast[:lanes] + 3 * self.slow[:lanes]) >> 11)
 
     def seen(self, misses: Ints) -> None:
-        """Learn from |residual| [lanes]."""
+        """Learn from the sizes of residuals [lanes]."""
         n, high = len(misses), misses << 12
         self.fast[:n] += (high - self.fast[:n]) >> 4
         self.slow[:n] += (high - self.slow[:n]) >> 7

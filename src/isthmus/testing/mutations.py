@@ -13,7 +13,6 @@ import contextlib
 import hashlib
 import json
 import random
-import resource
 import signal
 import struct
 import sys
@@ -258,7 +257,10 @@ def digest(data: bytes, **how: Any) -> str:
 
 @contextlib.contextmanager
 def alarm(limit_s: float) -> Iterator[None]:
-    """Raise :class:`Hang` in a block that takes longer; main thread only."""
+    """Raise :class:`Hang` in a block that takes longer; main thread only, and not on Windows."""
+    if not hasattr(signal, "setitimer"):
+        yield
+        return
 
     def ring(*_: object) -> None:
         raise Hang
@@ -320,5 +322,9 @@ def fuzz(
 
 def _peak() -> int:
     """Largest resident memory of this process so far, in bytes."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0
     size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return size if sys.platform == "darwin" else size * 1024
