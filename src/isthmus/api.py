@@ -97,8 +97,4 @@ def locate(source: str) -> str:
     Args:
         source: As for :func:`load`.
     """
-    if not source:
-        return str(reference.reference(EMBEDDED))
-    if not Path(source).exists() and source in reference.NAMES:
-        return str(reference.reference(source))
-    return source
+    return reference.locate(source or EMBEDDED)

@@ -654,6 +654,23 @@ class Streaming(Protocol):
         ...
 
 
+@runtime_checkable
+class Lens(Protocol):
+    """Looks into something and explains what it does on an input.
+
+    An explanation carries the identities that the lens must satisfy, and counts only where they
+    hold. ``isthmus.testing.check_lens`` holds a lens to it.
+    """
+
+    def open(self, source: str) -> Any:
+        """What is looked into, by the name or folder that a user gives."""
+        ...
+
+    def explain(self, subject: Any, given: str) -> Any:
+        """An :class:`~isthmus.lenses.explanation.Explanation` of what it does with an input."""
+        ...
+
+
 Medium = Literal["audio", "image", "video", "tensor", "bytes"]
 """What a codec makes small."""
 

@@ -48,6 +48,11 @@ app.command(
     help="Run a trained system: a text, a sound or a picture in, what it makes of it out.",
 )
 app.command(
+    "isthmus.cli.explain:explain",
+    name="explain",
+    help="Look into a model with a lens: what it does on an input, checked and drawn.",
+)
+app.command(
     "isthmus.cli.codec:encode",
     name="encode",
     help="Make a file of sound or a picture small: an .ist file.",
@@ -117,7 +122,19 @@ bench.command(
     name="serve",
     help="A server under load, beside that of transformers.",
 )
+bench.command(
+    "isthmus.cli.bench_translate:translate",
+    name="translate",
+    help="Translation engines on the same model: speed at equal output.",
+)
 app.command(bench)
+law = App(name="law", help="Scaling laws: how a loss falls with sizes.")
+law.command(
+    "isthmus.cli.law:fit",
+    name="fit",
+    help="Fit a law to a table of runs, test it on the largest, and predict larger ones.",
+)
+app.command(law)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -137,7 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except UnknownCommandError as error:
         # Its own message would import every command to look for a near name.
-        within = bench if error.command_chain else app
+        groups = {"bench": bench, "law": law}
+        within = groups.get((error.command_chain or ("",))[0], app)
         known = [name for name in within if not name.startswith("-")]
         print_error(UnknownNameError("command", (error.unused_tokens or [""])[0], known))
         return 2

@@ -132,7 +132,11 @@ class FastTarget(HubTarget):
             if self.weights:
                 self.to_int8()
         self.check_inputs(inputs)
-        return FastSession(self, batch, self.encode(**inputs) if inputs else {})
+        return self.opened(batch, self.encode(**inputs) if inputs else {})
+
+    def opened(self, batch: int, encoded: dict[str, Any]) -> FastSession:
+        """A session of this target's kind."""
+        return FastSession(self, batch, encoded)
 
     @torch.no_grad()
     def encode(self, **inputs: Any) -> dict[str, Any]:
