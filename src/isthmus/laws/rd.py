@@ -126,7 +126,7 @@ def draw(
     quality: str = "PSNR, dB",
     title: str = "",
 ) -> None:
-    """Draw codecs: a line for each, rate against quality; those without loss as marks at the top.
+    """Draw codecs: a line for each, rate against quality; marks at the top lose nothing.
 
     Args:
         path: A .png, .svg or .pdf file.
@@ -157,7 +157,7 @@ def draw(
             x, y = [p.rate for p in lossy], [p.quality for p in lossy]
             axes.plot(x, y, marker=mark, c=colour, ms=5, lw=1.6, label=name)
         for p in exact:
-            axes.plot(p.rate, top, mark, mfc="none", mec=colour, ms=8, label=f"{name}, lossless")
+            axes.plot(p.rate, top, mark, mfc="none", mec=colour, ms=8, label=name)
     axes.set(xscale="log", xlabel=rate, ylabel=quality, title=title)
     axes.grid(True, which="both", alpha=0.25)
     axes.legend(fontsize=8, frameon=False)
