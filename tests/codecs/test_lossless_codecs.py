@@ -62,9 +62,15 @@ def test_drawings_are_embedded_where_that_is_smaller() -> None:
 
 def test_an_embedded_picture_of_another_size_is_refused() -> None:
     info = {"medium": "image", "dtype": "uint8", "shape": [3, 8, 8]}
-    for size, form, says in (((8, 9), "WEBP", "has the size"), ((8, 8), "PNG", "cannot be read")):
+    kinds = [((8, 9), "WEBP", "has the size"), ((8, 8), "PNG", "cannot be read")]
+    kinds.append(((8, 8), "bomb", "cannot be read|has the size"))
+    for size, form, says in kinds:
         small, out = io.BytesIO(), io.BytesIO()
-        Image.new("RGB", size).save(small, form, lossless=True)
+        Image.new("RGB", size).save(small, "WEBP" if form == "bomb" else form, lossless=True)
+        if form == "bomb":  # 16,000 by 12,000 pixels, it says
+            raw = bytearray(small.getvalue())
+            raw[21:25] = (15_999 | 11_999 << 14).to_bytes(4, "little")
+            small = io.BytesIO(bytes(raw))
         header = Header("parts/lossless-image", bytes(32), info, lossless=True)
         write(out, header, [Frame(small.getvalue(), kind=EMBEDDED, samples=8)])
         with pytest.raises(BrokenFileError, match=says):

@@ -19,6 +19,7 @@ embedded lossless WebP picture instead, where that is smaller.
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -397,12 +398,15 @@ def _drawn(data: bytes, planes: int, rows: int, columns: int) -> np.ndarray:
     Raises:
         BrokenFileError: It is another one.
     """
+    library = require("PIL.Image", "codec")
     try:
-        with require("PIL.Image", "codec").open(io.BytesIO(data), formats=("WEBP",)) as picture:
-            if picture.size != (columns, rows):  # before anything is decoded
-                raise BrokenFileError(f"an embedded picture has the size {picture.size}")
-            pixels = np.asarray(picture.convert("RGBA" if planes == 4 else "RGB"))
-    except (OSError, SyntaxError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of its size, which is looked at right here
+            with library.open(io.BytesIO(data), formats=("WEBP",)) as picture:
+                if picture.size != (columns, rows):  # before anything is decoded
+                    raise BrokenFileError(f"an embedded picture has the size {picture.size}")
+                pixels = np.asarray(picture.convert("RGBA" if planes == 4 else "RGB"))
+    except (OSError, SyntaxError, library.DecompressionBombError) as error:
         raise BrokenFileError(f"an embedded picture cannot be read ({error})") from error
     return np.moveaxis(pixels, -1, 0)[:planes].astype(np.int64)
 
