@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from decoding.tiny import network
 from isthmus.decoding.fast import FastTarget
