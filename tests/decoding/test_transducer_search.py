@@ -97,7 +97,17 @@ def test_chunks_of_any_size_give_the_same_text() -> None:
         assert state.heard.tolist() == lengths.tolist()
 
 
+def test_a_text_ends_at_its_longest_and_reading_goes_on() -> None:
+    frames = torch.randn(2, 12, 6, generator=torch.Generator().manual_seed(1))
+    lengths, scorer = torch.tensor([12, 7]), Table(blank=-9.0)
+    long, short = (greedy(scorer, frames, lengths, longest=n, chunk=5) for n in (0, 13))
+    for a, b in zip(long, short, strict=True):
+        assert len(a.tokens) > 13 and b.tokens == a.tokens[:13] and b.frames == a.frames[:13]
+
+
 def test_no_frames_and_bad_numbers() -> None:
     assert greedy(Table(), torch.zeros(2, 0, 6), torch.tensor([0, 0]))[1].tokens == ()
     with pytest.raises(InvalidInputError, match="max_symbols is at least 1"):
         TransducerGreedy(Table(), 0)
+    with pytest.raises(InvalidInputError, match="longest at least 0"):
+        TransducerGreedy(Table(), longest=-1)

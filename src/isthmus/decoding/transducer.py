@@ -55,22 +55,26 @@ class TransducerGreedy:
     Args:
         scorer: The model.
         max_symbols: Tokens written at one frame at most; the next one is then read without a blank.
+        longest: Tokens of a text at most; what follows is read without writing. 0 is no limit.
 
     Raises:
-        InvalidInputError: ``max_symbols`` is below 1.
+        InvalidInputError: ``max_symbols`` is below 1, or ``longest`` below 0.
     """
 
-    def __init__(self, scorer: FrameScorer, max_symbols: int = 10) -> None:
-        if max_symbols < 1:
-            raise InvalidInputError(f"max_symbols is at least 1, got {max_symbols}")
-        self.scorer, self.max_symbols = scorer, max_symbols
+    def __init__(self, scorer: FrameScorer, max_symbols: int = 10, *, longest: int = 0) -> None:
+        if max_symbols < 1 or longest < 0:
+            raise InvalidInputError(
+                f"max_symbols is at least 1 and longest at least 0, got {max_symbols} and {longest}"
+            )
+        self.scorer, self.max_symbols, self.longest = scorer, max_symbols, longest
 
     @torch.no_grad()
     def init_state(self, batch: int) -> TransducerState:
         """The state before the first frame."""
         none = torch.zeros(batch)
-        inner, texts, places = self.scorer.start(batch), *([[] for _ in none] for _ in range(2))
-        return TransducerState(inner, none.long(), none, texts, places)
+        texts: list[list[int]] = [[] for _ in range(batch)]
+        places: list[list[int]] = [[] for _ in range(batch)]
+        return TransducerState(self.scorer.start(batch), none.long(), none, texts, places)
 
     @torch.no_grad()
     def step(
@@ -96,6 +100,9 @@ class TransducerGreedy:
             best, token = scores.max(-1)
             ahead = (place >= now[:, None]) & (place < lengths[:, None])
             writes = ahead & (token != BLANK)
+            if self.longest:
+                short = [len(text) < self.longest for text in state.tokens]
+                writes &= torch.tensor(short, device=frames.device)[:, None]
             where = writes.any(1)
             at = torch.where(where, writes.int().argmax(1), lengths)  # the first, or the end
             passed = ahead & (place < at[:, None])
@@ -123,6 +130,7 @@ def greedy(
     *,
     chunk: int = 0,
     max_symbols: int = 10,
+    longest: int = 0,
 ) -> list[Transcript]:
     """The texts of whole rows.
 
@@ -132,8 +140,9 @@ def greedy(
         lengths: Valid frames [B].
         chunk: Frames that the model hears at once; 0 is all of them.
         max_symbols: See :class:`TransducerGreedy`.
+        longest: See there.
     """
-    search = TransducerGreedy(scorer, max_symbols)
+    search = TransducerGreedy(scorer, max_symbols, longest=longest)
     state, size = search.init_state(len(frames)), chunk or max(1, frames.shape[1])
     for start in range(0, frames.shape[1], size):
         part = frames[:, start : start + size]
