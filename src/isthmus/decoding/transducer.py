@@ -122,6 +122,16 @@ class TransducerGreedy:
         heard = state.heard.to(frames.device) + lengths
         return TransducerState(inner, heard, logprob, state.tokens, state.frames)
 
+    def read(
+        self, frames: torch.Tensor, lengths: torch.Tensor, state: TransducerState, chunk: int = 0
+    ) -> TransducerState:
+        """Read frames [B, T, D], ``lengths`` [B] of them valid, in chunks; 0 is all at once."""
+        size = chunk or max(1, frames.shape[1])
+        for start in range(0, frames.shape[1], size):
+            part = frames[:, start : start + size]
+            state = self.step(part, (lengths - start).clamp(0, part.shape[1]), state)
+        return state
+
 
 def greedy(
     scorer: FrameScorer,
@@ -143,8 +153,4 @@ def greedy(
         longest: See there.
     """
     search = TransducerGreedy(scorer, max_symbols, longest=longest)
-    state, size = search.init_state(len(frames)), chunk or max(1, frames.shape[1])
-    for start in range(0, frames.shape[1], size):
-        part = frames[:, start : start + size]
-        state = search.step(part, (lengths - start).clamp(0, part.shape[1]), state)
-    return state.transcripts()
+    return search.read(frames, lengths, search.init_state(len(frames)), chunk).transcripts()

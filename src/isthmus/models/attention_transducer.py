@@ -2,9 +2,9 @@
 
 ::
 
-    features ─▶ Conformer ─▶ h [B, T, D] ──────────────┬─▶ W tanh(W_h h_t + W_s s_{c(t),u}) ─▶ logits
-                                │ h up to the end of c │
-    text so far ─▶ decoder with cross-attention ─▶ s_{c,u}
+    features ─▶ Conformer ─▶ h [B, T, D] ──────┬─▶ W tanh(W_h h_t + W_s s_{c(t),u}) ─▶ logits
+                          h up to the end of c │
+    text so far ─▶ cross-attention ─▶ s_{c,u} ─┘
 
 Chunk c of K frames is read with the states s_c, for which the decoder has read the whole text again
 with what is heard by the end of c, in training as in use. Without cross-attention the states are
@@ -117,7 +117,13 @@ class AttentionTransducer(nn.Module):
         self.register_buffer("waves", sinusoidal(max_length, width).float(), persistent=False)
 
     def ends(self, lengths: torch.Tensor, size: int) -> torch.Tensor:
-        """How many frames are heard by the end of each chunk of T = ``size`` frames, [B, C]."""
+        """How many frames are heard by the end of each chunk of T = ``size`` frames, [B, C].
+
+        Example:
+            >>> encoder = Conformer(8, 8, 1, 2, factor=4, channels=2, causal=True, chunk=4)
+            >>> AttentionTransducer(encoder, 3, chunk=4).ends(torch.tensor([10, 5]), 10).tolist()
+            [[4, 8, 10], [4, 5, 5]]
+        """
         if not self.chunk or not self.cross:
             return lengths[:, None]
         last = torch.arange(1, -(-size // self.chunk) + 1, device=lengths.device) * self.chunk
@@ -204,7 +210,8 @@ class AttentionTransducer(nn.Module):
     def score(self, frames: torch.Tensor, state: Reading) -> torch.Tensor:
         """See :class:`~isthmus.roles.FrameScorer`."""
         inner = self.from_sound(frames) + self.from_text(state.states)[:, None]
-        return self.head(inner.tanh()).log_softmax(-1)
+        log_probs: torch.Tensor = self.head(inner.tanh()).log_softmax(-1)
+        return log_probs
 
     def advance(self, tokens: torch.Tensor, where: torch.Tensor, state: Reading) -> Reading:
         """See :class:`~isthmus.roles.FrameScorer`."""
