@@ -54,9 +54,9 @@ def _spoken(kind: str, count: int = 3000, held_out: int = 200) -> Data[Spoken]:
     return Data(spoken("train", count), spoken("held-out", held_out))
 
 
-def _multi(count: int, held_out: int) -> Data[Translated]:
+def _translated(kind: str, count: int, held_out: int) -> Data[Translated]:
     def translated(split: speech.Split, number: int) -> list[Translated]:
-        heard = speech.corpus("multi", split, number)
+        heard = speech.corpus(kind, split, number)
         return [
             Translated(Recording(samples=u.samples), u.line.language, u.line.text, u.line.target)
             for u in heard
@@ -114,8 +114,14 @@ SOURCES: dict[str, Source] = {
     "speech-dates": Source("spoken", lambda: _spoken("dates"), "spoken dates and their ISO form"),
     "speech-sentences": Source("spoken", lambda: _spoken("sentences"), "sentences of 36 words"),
     "speech-few": Source("spoken", lambda: _spoken("sentences", 60, 20), "a few of them"),
-    "speech-multi": Source("translated", lambda: _multi(3000, 200), "days in three languages"),
-    "speech-multi-few": Source("translated", lambda: _multi(60, 20), "a few of them"),
+    "speech-multi": Source(
+        "translated", lambda: _translated("multi", 3000, 200), "days in three languages"
+    ),
+    "speech-multi-few": Source("translated", lambda: _translated("multi", 60, 20), "a few of them"),
+    "speech-dates-said": Source(
+        "translated", lambda: _translated("dates", 4000, 200), "spoken dates, and both forms"
+    ),
+    "speech-dates-few": Source("translated", lambda: _translated("dates", 60, 20), "a few of them"),
 }
 """The data sets by name."""
 
