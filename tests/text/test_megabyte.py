@@ -18,10 +18,11 @@ from isthmus.decoding.patch_target import PatchTarget, written
 from isthmus.decoding.tree import TokenTree, Topology
 from isthmus.errors import BrokenFileError, InvalidInputError, IsthmusError
 from isthmus.laws.opcount import count
+from isthmus.metrics.bits import bits_per_byte
 from isthmus.models.byte_patches import BytePatches, PatchSizes, by_place, judged, nats_of
 from isthmus.signals.tokenizer import FIRST_BYTE, byte_tokenizer, stream
 from isthmus.systems.text.megabyte import ByteLearner, Megabyte, Settings, arms
-from isthmus.testing import check_target
+from isthmus.testing import check_target, check_trained
 from isthmus.training.data import Data, read
 from isthmus.training.loop import Plan
 from isthmus.training.system import train
@@ -245,6 +246,16 @@ def test_bad_input(folder, tmp_path, capsys):
     with pytest.raises(IsthmusError, match="cut short"):
         isthmus.load(folder)
     weights.write_bytes(held)
+
+
+def test_every_extra_keeps_the_contract(texts):
+    extras = replace(TINY, rotary=False, kernels=(3, 5, 7), overlap=2, strided=True)
+    check_trained(Megabyte, read("texts", [texts]), settings=extras)
+
+
+def test_a_text_without_bytes_has_no_bits():
+    with pytest.raises(InvalidInputError, match="without bytes"):
+        bits_per_byte(1.0, 0)
 
 
 def test_pieces_follow_from_seed_and_number(texts):

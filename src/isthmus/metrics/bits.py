@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from isthmus.errors import InvalidInputError
+
 
 def bits_per_byte(nats: float, size: int) -> float:
     """Length of a text under a model, in bits for each of its bytes.
@@ -18,12 +20,12 @@ def bits_per_byte(nats: float, size: int) -> float:
         ``nats / ln 2 / size``.
 
     Raises:
-        ValueError: The text has no bytes.
+        InvalidInputError: The text has no bytes.
 
     Example:
         >>> round(bits_per_byte(10 * math.log(256), 10), 6)  # ten bytes, each as likely as another
         8.0
     """
     if size < 1:
-        raise ValueError("a text without bytes has no bits per byte")
+        raise InvalidInputError("a text without bytes has no bits per byte")
     return nats / math.log(2) / size

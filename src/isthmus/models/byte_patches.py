@@ -43,8 +43,8 @@ class PatchSizes:
         max_length: Bytes of a text at most, T; a multiple of P.
         rotary: Rotary positions in both models, instead of a learned position of each byte.
         kernels: Widths of causal convolutions over the bytes before they are cut into patches
-            (section 2.3.1); the paper's are 3, 5 and 7, none are used by default.
-        overlap: Last keys of the patch before that the local model sees too, r (section 2.3.2).
+            (section 2.3); the paper's are 3, 5 and 7, none are used by default.
+        overlap: Last keys of the patch before that the local model sees too, r (section 2.3).
         global_model: Whether patches see each other; off, each is written from itself alone.
         vocab_size: 256 bytes and what else there is.
 
@@ -98,7 +98,7 @@ class PatchSizes:
 
         Layers of width D have 12 D^2 weights, each of which is a multiplication and an addition;
         attention to n keys is two products of 2 n D. The global model runs once for P bytes, so
-        its share of a byte falls with P (section 3.1)::
+        its share of a byte falls with P (section 3)::
 
             [2 m_G + 4 K W L_G] / P  +  2 m_L + 4 (P + r) D_L L_L
 
@@ -188,7 +188,7 @@ class BytePatches(nn.Module):
         return logits.view(batch, len(place), -1)[:, :length]
 
     def embed(self, ids: torch.Tensor, place: torch.Tensor, count: int) -> torch.Tensor:
-        """Patches of bytes (section 2.1).
+        """Patches of bytes (section 2.2).
 
         Args:
             ids: The bytes of ``count`` patches, and :attr:`reach` or more before them where the
@@ -258,7 +258,7 @@ class BytePatches(nn.Module):
         mask: torch.Tensor | None = None,
         stores: Sequence[Store | None] = (),
     ) -> torch.Tensor:
-        """The local model (section 2.3): logits [B, N, V] of bytes given their inputs [B, N, D_L].
+        """The local model (section 2.2): logits [B, N, V] of bytes given their inputs [B, N, D_L].
 
         Args:
             x: Inputs.
@@ -284,7 +284,7 @@ def nats_of(network: BytePatches, ids: torch.Tensor, *, strided: bool = False) -
         network: The network.
         ids: int64 [B, T].
         strided: A second pass begins half a patch later, and every byte is taken from the pass
-            where it stands in the first half of its patch (section 2.3.3). The first patch, of
+            where it stands in the first half of its patch (section 2.3). The first patch, of
             which the second pass has not seen the beginning, is left to the first one.
     """
 

@@ -9,7 +9,7 @@ Differs: Text alone, of 256 bytes, an end and a pad; images and sound are left o
     certain. Draft tokens may be scored in chains, which the paper does not do.
 
     h = global(pad, patch_1 .. patch_(K-1))                                  (section 2.2)
-    p(x_(k,p) | before) = local(h_(k,p) + embedding of x_(k,p-1))             (section 2.3)
+    p(x_(k,p) | before) = local(h_(k,p) + embedding of x_(k,p-1))             (section 2.2)
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Settings(PatchSizes):
         local_layers: Layers of the local model.
         batch_size: Texts of a micro-batch.
         strided: Held-out texts are judged in two passes whose patches lie half a patch apart
-            (section 2.3.3).
+            (section 2.3).
     """
 
     local_layers: int = 15
@@ -92,7 +92,7 @@ class Megabyte(TrainedSystem):
         ),
         "small": Scale(
             _SMALL,
-            Plan(2_000, learning_rate=3e-3, warmup_steps=50, betas=(0.9, 0.98), validate_every=400),
+            Plan(1_200, learning_rate=3e-3, warmup_steps=50, betas=(0.9, 0.98), validate_every=300),
             "workbench:pycode",
         ),
         "paper": Scale(Settings(), _PAPER, "hub:emozilla/pg19"),
@@ -244,16 +244,18 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
     def bits_of(system: Megabyte) -> float:
         return float(system.record["validation"][-1]["bits_per_byte"])
 
-    pilot, steps = (60, 300) if small else (2, 4)
+    pilot, steps = (50, 240) if small else (2, 4)
     rates: dict[str, float] = {}
     systems: dict[str, list[Megabyte]] = {}
     for name in ("flat", "ours", "no global model"):
-        if name != "no global model":  # which learns at the rate of the whole
+        whole = name != "no global model"  # which learns at the rate of the whole, once
+        if whole:
             tried = {rate: bits_of(learnt(name, choosing, rate, pilot, 7)) for rate in RATES}
             rates[name] = min(tried, key=lambda rate: tried[rate])
         rate = rates.get(name) or rates["ours"]
-        systems[name] = [learnt(name, judging, rate, steps, seed) for seed in seeds]
-    held_out = stream(judging.valid)[: 262_144 if small else 2_048]
+        drawn = seeds if whole else seeds[:1]
+        systems[name] = [learnt(name, judging, rate, steps, seed) for seed in drawn]
+    held_out = stream(judging.valid)[: 131_072 if small else 2_048]
     nats = {k: [judged(s.module, held_out) for s in found] for k, found in systems.items()}
     strides = [judged(s.module, held_out, strided=True) for s in systems["ours"]]
     bits = {k: sum(map(_bits, found)) / len(found) for k, found in nats.items()}
@@ -266,7 +268,8 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
     flops = {k: count(n, ids[None]).flops / length for k, n in networks.items()}
     off_formula = max(abs(flops[k] / settings[k].flops(length) - 1) for k in settings)
     timings = ruler.compare(
-        {k: functools.partial(written, n, ids[: length // 8], length) for k, n in networks.items()}
+        {k: functools.partial(written, n, ids[: length // 8], length) for k, n in networks.items()},
+        repeats=9 if small else 3,
     )
     speed = ratio(timings["flat"], timings["ours"])
     speed_off = ratio(timings["flat"], timings["patches of one byte"])
@@ -296,8 +299,9 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
         statement="At equal training FLOPs a byte, a transformer across patches with a small one "
         "inside them writes bytes faster than a flat byte transformer of fewer parameters, and "
         "predicts them about as well.",
-        paper_figure="0.411 bits a byte on code against 0.575 of a transformer at equal compute "
-        "(section 5); 1.5 B parameters write 40 % faster than a flat model of 350 M (section 7)",
+        paper_figure="0.411 bits a byte on code against 0.575 of a transformer at equal compute, "
+        "and 1.5 B parameters write 8192 bytes 40 % faster than a flat model of 350 M (not checked "
+        "to the last digit)",
         rows=(
             Row(
                 "bits a byte",
