@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import isthmus
 from isthmus.cli.main import main
 from isthmus.decoding.patch_target import PatchTarget, written
-from isthmus.decoding.tree import TokenTree, Topology
+from isthmus.decoding.tree import TokenTree, Topology, chain_topology
 from isthmus.errors import BrokenFileError, InvalidInputError, IsthmusError
 from isthmus.laws.opcount import count
 from isthmus.metrics.bits import bits_per_byte
@@ -80,6 +80,20 @@ def test_both_caches_say_what_one_forward_says(sizes):
         found.append(session.score(TokenTree.root(token)).logits)
         session.keep(torch.zeros(2, 1, dtype=torch.int64))
     torch.testing.assert_close(torch.cat(found, 1), made(ids)[:, 1:], rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_long_rows_of_unlike_length_fit_their_caches():
+    made = network(replace(BASE, max_length=400, rotary=True))
+    for first in range(96, 104):
+        rows = [torch.randint(0, 19, (n,)) for n in (first + 2, first)]
+        session = PatchTarget(made).session(2)
+        session.prefill(rows)
+        tree = TokenTree(torch.randint(0, 19, (2, 2)), chain_topology(2))
+        got = session.score(tree).logits
+        for row, tokens, found in zip(rows, tree.tokens, got, strict=True):
+            whole = torch.cat([row, tokens, tokens[:1]])[None]
+            torch.testing.assert_close(made(whole)[0, -2:], found, rtol=0, atol=1e-10)
 
 
 def test_what_a_byte_target_refuses():

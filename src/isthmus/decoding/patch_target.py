@@ -226,7 +226,7 @@ class PatchSession:
         if length <= self._ids.shape[1]:
             return
         length = max(length, 64, self._ids.shape[1] * 3 // 2)
-        patches = length // self.patch + 1
+        patches = length // self.patch + 2  # a shorter row may reach one patch beyond its own
         self._ids = _grown(self._ids, length, 1)
         self._told = _grown(self._told, patches, 1)
         for cache, room in ((self._across, patches), (self._inside, length)):
