@@ -106,6 +106,11 @@ bench.command(
     name="serve",
     help="A server under load, beside that of transformers.",
 )
+bench.command(
+    "isthmus.cli.bench_train:train",
+    name="train",
+    help="Training: the loop of isthmus beside the Trainer of transformers.",
+)
 app.command(bench)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,9 +12,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from isthmus.errors import InvalidInputError
+from isthmus.metrics.speech import word_error_rate
 from isthmus.nn.spec_augment import SpecAugment
 from isthmus.signals.features import RATE, LogMel
-from isthmus.training.buckets import Buckets2D, BucketSampler, padding
+from isthmus.training.buckets import Buckets2D, BucketSampler, Profile
 from isthmus.training.data import Spoken, Translated
 
 
@@ -117,6 +119,16 @@ def unspelled(words: Sequence[str]) -> str:
     return "".join(word for word in words if word[0] != "<").replace("_", " ")
 
 
+def heard(text: str) -> str:
+    """The words of a text, without what cannot be heard.
+
+    Example:
+        >>> heard("Forty two, nine.")
+        'forty two nine'
+    """
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
 class SpokenBatch(NamedTuple):
     """Spoken records, padded.
 
@@ -152,9 +164,10 @@ class SpokenBatches:
         seed: Seed of the order and of SpecAugment.
         augment: Masks the features of training batches.
         parts: Buckets by duration.
+        sampler: Chooses the records of every batch instead.
 
     Attributes:
-        padding: Share of the sound of an epoch that is padding.
+        profile: What the batches of an epoch are made of.
     """
 
     def __init__(
@@ -167,16 +180,19 @@ class SpokenBatches:
         seed: int = 0,
         augment: SpecAugment | None = None,
         parts: int = 6,
+        sampler: BucketSampler | None = None,
     ) -> None:
         self.records, self.letters, self.mel = list(records), letters, mel
         self.augment, self.seed, self.size = augment, seed, size
         self.targets = [letters.encode(record.text) for record in self.records]
         seconds = np.array([record.sound.duration_s for record in self.records])
-        buckets = Buckets2D.estimate(seconds, [len(t) for t in self.targets], parts, 1)
-        bucket = buckets.assign(seconds, [len(t) for t in self.targets], strict=False)
-        self.sampler = BucketSampler(bucket, [size] * len(buckets.bounds), seed)
-        epoch = [self.sampler.rows(part) for part in range(self.sampler.parts)]
-        self.padding = padding(seconds, epoch)
+        lengths = [len(t) for t in self.targets]
+        if sampler is None:
+            buckets = Buckets2D.estimate(seconds, lengths, parts, 1)
+            bucket = buckets.assign(seconds, lengths, strict=False)
+            sampler = BucketSampler(bucket, [size] * len(buckets.bounds), seed)
+        self.sampler = sampler
+        self.profile = Profile.of(seconds, lengths, sampler.epoch())
         self.order = np.argsort(seconds, kind="stable")
 
     def batch(self, part: int) -> SpokenBatch:
@@ -199,3 +215,19 @@ class SpokenBatches:
         targets = [self.targets[r] for r in rows]
         lengths = torch.tensor([len(t) for t in targets])
         return SpokenBatch(features, frames, pad_sequence(targets, True), lengths, tuple(rows))
+
+
+def words_wrong(
+    transcribe: Callable[[list[torch.Tensor]], Sequence[str]], records: Sequence[Spoken]
+) -> float:
+    """Word error rate of a recogniser, on what can be heard.
+
+    Args:
+        transcribe: Texts of sounds [N] at 16 kHz.
+        records: Sounds and their texts; 32 of like lengths at a time.
+    """
+    order = sorted(records, key=lambda r: r.sound.duration_s)
+    said: list[str] = []
+    for start in range(0, len(order), 32):
+        said += transcribe([r.sound.at(RATE) for r in order[start : start + 32]])
+    return word_error_rate([heard(r.text) for r in order], [heard(text) for text in said]).rate
