@@ -9,14 +9,19 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from isthmus.errors import InvalidInputError
 from isthmus.metrics.speech import word_error_rate
+from isthmus.models.speech_to_text import SpeechToText
 from isthmus.nn.spec_augment import SpecAugment
 from isthmus.signals.features import RATE, LogMel
-from isthmus.training.buckets import Buckets2D, BucketSampler, Profile
+from isthmus.training.buckets import Buckets2D, BucketSampler, KeptBytes, Profile, batch_sizes
 from isthmus.training.data import Spoken, Translated
+
+HOP = 160
+"""Samples of a frame of the features."""
 
 
 @dataclass(frozen=True)
@@ -231,3 +236,40 @@ def words_wrong(
     for start in range(0, len(order), 32):
         said += transcribe([r.sound.at(RATE) for r in order[start : start + 32]])
     return word_error_rate([heard(r.text) for r in order], [heard(text) for text in said]).rate
+
+
+def rows_by_memory(
+    network: Callable[[], SpeechToText], bounds: Sequence[tuple[float, float]], rows: int, mels: int
+) -> tuple[list[int], float]:
+    """Rows of the batches of every bucket, as many as fit into what some of the longest take.
+
+    Sizes are counted on the meta device: nothing is computed, and they are the same on every
+    machine.
+
+    Args:
+        network: Makes what is trained.
+        bounds: Longest sound in seconds and most tokens of every bucket.
+        rows: How many records of the greatest lengths fill the memory.
+        mels: Bands of the features.
+
+    Returns:
+        Rows of every bucket, and the share of the memory that the largest batch leaves.
+    """
+    with torch.device("meta"):
+        made = network().train()  # dropout keeps something, too
+
+        def step(seconds: float, tokens: float, count: int) -> torch.Tensor:
+            frames = int(seconds * RATE) // HOP + 1
+            target = torch.zeros(count, int(tokens), dtype=torch.int64)
+            logits, log_probs, _ = made(
+                torch.zeros(count, mels, frames), torch.full((count,), frames), target
+            )
+            text = F.cross_entropy(logits.flatten(0, 1), target.flatten())
+            total: torch.Tensor = text + log_probs.sum()
+            return total
+
+        kept = KeptBytes(step)
+        limit = kept(max(i for i, _ in bounds), max(o for _, o in bounds), rows)
+        sizes = batch_sizes(bounds, lambda *of: kept(*of) <= limit, rows)
+        most = max(kept(*bound, size) for bound, size in zip(bounds, sizes, strict=True))
+    return sizes, 1 - most / limit
