@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from isthmus.errors import InvalidInputError
 from isthmus.models.encoder_decoder import Config, EncoderDecoder
 from isthmus.signals.audio import Recording, Waveform, write
+from isthmus.systems.speech import canary_efficiency
 from isthmus.systems.speech.canary_efficiency import CanaryEfficiency, Settings
 from isthmus.training.data import Data, Spoken
 from isthmus.training.loop import Plan
@@ -126,7 +127,7 @@ def test_kept_keys_and_values_change_nothing(kind: str) -> None:
 
 
 def test_equal_parameters_and_layers_moved() -> None:
-    shallow = replace(CanaryEfficiency.scales["small"].settings)
+    shallow = replace(CanaryEfficiency.scales["small"].settings, ear=0)
     deep = replace(shallow, encoder_layers=6, decoder_layers=6)
     counts = [sum(p.numel() for p in made(s).module.parameters()) for s in (shallow, deep)]
     assert counts[0] == pytest.approx(counts[1], rel=0.01)
@@ -136,3 +137,20 @@ def test_words_that_are_heard_and_letters_that_are_not_known() -> None:
     assert heard("Ten, two; one!") == "ten two one"
     with pytest.raises(InvalidInputError, match="has 'z'"):
         made().letters.encode("z")
+
+
+def test_a_small_one_starts_from_an_ear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path))
+    monkeypatch.setattr(canary_efficiency, "EAR", Plan(2, validate_every=2))
+    settings = replace(TINY, encoder_layers=3, ear=2)
+    one, two = made(settings), made(replace(settings, encoder_layers=2, decoder_layers=2))
+    theirs = dict(two.module.encoder.named_parameters())
+    for name, value in one.module.encoder.named_parameters():
+        assert name.startswith("layers.2") or torch.equal(value, theirs[name])
+    assert torch.equal(one.module.ctc.weight, two.module.ctc.weight)
+    fresh = made(replace(settings, ear=0)).module
+    assert not torch.equal(one.module.ctc.weight, fresh.ctc.weight)
+    assert torch.equal(
+        one.module.encoder.layers[2].conv.depthwise_conv.weight,
+        fresh.encoder.layers[2].conv.depthwise_conv.weight,
+    )
