@@ -128,6 +128,11 @@ bench.command(
     help="A server under load, beside that of transformers.",
 )
 bench.command(
+    "isthmus.cli.bench_train:train",
+    name="train",
+    help="Training: the loop of isthmus beside the Trainer of transformers.",
+)
+bench.command(
     "isthmus.cli.bench_translate:translate",
     name="translate",
     help="Translation engines on the same model: speed at equal output.",
