@@ -41,6 +41,9 @@ BAND = 1 << 20
 DRAWN = 2.5
 """Bits a value below which a band may be a drawing."""
 
+SPARSE = 100
+"""Different values below which it may be one as well."""
+
 MARGIN, SLOPE = 4, 4
 
 #: Neighbours (rows, columns) that are known when a pixel has its turn, nearest first.
@@ -371,7 +374,8 @@ def _encode(band: np.ndarray, most: int, drawings: bool) -> Frame:
     tried = [n for n in range(len(SHAPES)) if pixels < 1 << 15 or n == len(SHAPES) - 1]
     tried = [n for n in tried if pixels * planes > (0, 100, 2000)[n]]
     best = min((_encoded(band, grid, n, most) for n in tried), key=lambda f: len(f.payload))
-    if drawings and most == 255 and 8 * len(best.payload) < DRAWN * pixels * planes:
+    plain = 8 * len(best.payload) < DRAWN * pixels * planes or len(np.unique(band)) < SPARSE
+    if drawings and most == 255 and plain:
         data = _draw(band)
         if data and len(data) < len(best.payload):
             return Frame(data, kind=EMBEDDED, samples=rows)
