@@ -169,7 +169,7 @@ class Taed(TrainedSystem):
         ),
         "small": Scale(
             Settings(40, 96, 4, 4, 9, 4, 16, 2, 384, 96, batch_size=32, longest=20, ear=True),
-            Plan(450, learning_rate=1.5e-3, warmup_steps=30, weight_decay=1e-2, validate_every=450),
+            Plan(300, learning_rate=1.5e-3, warmup_steps=30, weight_decay=1e-2, validate_every=300),
             f"{DATA}-said",
         ),
         "paper": Scale(
@@ -266,7 +266,7 @@ def arms(told: Scale, *, short: bool) -> dict[str, tuple[Settings, Plan]]:
     plain = {"cross": False, "inner": s.inner + 2 * width, "decoder_weight": 0.0}
     chosen: dict[str, tuple[dict[str, Any], int]] = {
         "taed": ({}, told.plan.steps),
-        "transducer": (plain, 610),
+        "transducer": (plain, 410),
         "taed, offline": ({"chunk": 0}, 215),
         "transducer, offline": (plain | {"chunk": 0}, 230),
         "decoder, offline": ({"chunk": 0, "transduce": False}, 230),
