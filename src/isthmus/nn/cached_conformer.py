@@ -12,9 +12,11 @@ with the same limits; what is kept does not grow with the sound.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from isthmus.errors import InvalidInputError
 from isthmus.nn.conformer import (
@@ -150,6 +152,14 @@ class CachedConformer:
         state = self._features(state, state.width // HOP + 1)
         return self._encode(state, (state.made - 1) // self.factor + 1)
 
+    def play(self, sound: torch.Tensor, packet: int = 1600) -> Iterator[tuple[torch.Tensor, int]]:
+        """States [1, n, D] of a sound [N] as they come, and how many samples are heard by then."""
+        state = self.init_state(1)
+        for part in torch.split(sound[None], packet, 1):
+            out, state = self.step(part, state)
+            yield out.transpose(1, 2), state.width
+        yield self.flush(state).transpose(1, 2), state.width
+
     def lengths(self, state: Stream) -> torch.Tensor:
         """States of each row that will be valid once the stream is flushed, [B]."""
         frames = torch.where(state.heard > 0, state.heard // HOP + 1, 0)
@@ -202,3 +212,30 @@ class CachedConformer:
         needed = max(0, self.factor * (end - MARGIN) - origin)
         features = state.features[:, :, needed:]
         return x.transpose(1, 2), replace(state, features=features, done=end, caches=caches)
+
+
+@torch.no_grad()
+def windowed(
+    encoder: Conformer, features: torch.Tensor, frames: torch.Tensor, past: int, size: int
+) -> torch.Tensor:
+    """What an encoder that needs the whole sound makes of a stream: windows, each by itself.
+
+    Args:
+        encoder: Any.
+        features: Of one sound [1, M, F].
+        frames: Valid ones [1].
+        past: Frames behind the encoder that a window has before those that are kept.
+        size: Frames that are kept of a window.
+
+    Returns:
+        [T, D].
+    """
+    factor = 2**encoder.subsampling.halvings
+    total = int(encoder.subsampling.lengths(frames))
+    starts = range(0, total, size)
+    cuts = [(max(0, start - past), min(total, start + size)) for start in starts]
+    parts = [features[0, :, factor * a : factor * b].T for a, b in cuts]
+    lengths = torch.tensor([len(part) for part in parts])
+    states = encoder(pad_sequence(parts, True).transpose(1, 2), lengths)[0]
+    kept = [row[start - a : b - a] for row, start, (a, b) in zip(states, starts, cuts, strict=True)]
+    return torch.cat(kept)

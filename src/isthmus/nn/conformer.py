@@ -157,7 +157,7 @@ class RelativeAttention(nn.Module):
         Returns:
             [B, T, D].
         """
-        batch, length, width = x.shape
+        batch, _, width = x.shape
         seen = x if before is None else torch.cat([before, x], 1)
         q, k, v = (
             proj(of).view(batch, of.shape[1], self.heads, -1)
