@@ -130,7 +130,7 @@ def test_every_kind_answers_from_a_file(tmp_path: Path, look: Any, weight: float
 
 
 def test_it_learns_and_is_kept(tmp_path: Path) -> None:
-    plan = Plan(120, learning_rate=8e-3, warmup_steps=20, validate_every=120)
+    plan = Plan(240, learning_rate=8e-3, warmup_steps=20, validate_every=240)
     settings = replace(TINY, depth=1)
     system = train(StreamingConformer, DATA, settings, plan, out=tmp_path / "made")
     assert isinstance(system, StreamingConformer)

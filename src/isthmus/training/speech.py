@@ -134,6 +134,16 @@ def heard(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
+def timed(text: str, frames: Sequence[int]) -> list[tuple[str, int]]:
+    """Words, and the frame at which each begins, of a text and the frames of its characters.
+
+    Example:
+        >>> timed("at six", [3, 4, 6, 7, 8, 8])
+        [('at', 3), ('six', 7)]
+    """
+    return [(word.group(), frames[word.start()]) for word in re.finditer(r"\S+", text)]
+
+
 class SpokenBatch(NamedTuple):
     """Spoken records, padded.
 

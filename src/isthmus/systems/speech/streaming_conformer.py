@@ -16,8 +16,7 @@ Differs: Units are characters. Trained from a recogniser that has learnt to hear
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
@@ -30,7 +29,6 @@ from isthmus.claims import Scale as ClaimScale
 from isthmus.decoding.ctc import Transcript, greedy
 from isthmus.decoding.transducer import TransducerGreedy
 from isthmus.errors import InvalidInputError
-from isthmus.metrics.speech import word_error_rate
 from isthmus.models.hybrid_transducer import HybridTransducer
 from isthmus.nn.cached_conformer import CachedConformer, windowed
 from isthmus.nn.conformer import Conformer
@@ -42,7 +40,14 @@ from isthmus.signals.audio import fit, read
 from isthmus.signals.features import HOP, RATE
 from isthmus.training.data import Data, Spoken
 from isthmus.training.loop import Plan
-from isthmus.training.speech import Characters, SpokenBatch, SpokenBatches, features_of, heard
+from isthmus.training.speech import (
+    Characters,
+    SpokenBatch,
+    SpokenBatches,
+    features_of,
+    timed,
+    words_wrong,
+)
 from isthmus.training.system import Answer, Scale, TrainedSystem
 from isthmus.workbench.data import data as named_data
 from isthmus.workbench.ears import ear
@@ -322,26 +327,15 @@ class StreamingConformer(TrainedSystem):
 
 def judged(system: StreamingConformer, records: Sequence[Spoken]) -> dict[str, float]:
     """Words wrong, by the reader that is used and by CTC."""
-    order = sorted(records, key=lambda r: r.sound.duration_s)
-    meant = [heard(r.text) for r in order]
-    rates = {}
-    for name, ctc in (("wer", False), ("ctc_wer", True)):
-        said: list[str] = []
-        for start in range(0, len(order), 16):
-            sounds = [r.sound.at(RATE) for r in order[start : start + 16]]
-            said += [system.letters.decode(t.tokens) for t in system.answer(sounds, ctc=ctc)]
-        rates[name] = word_error_rate(meant, [heard(text) for text in said]).rate
-    return rates
 
+    def reader(ctc: bool) -> Callable[[list[torch.Tensor]], list[str]]:
+        return lambda sounds: [
+            system.letters.decode(t.tokens) for t in system.answer(sounds, ctc=ctc)
+        ]
 
-def timed(text: str, frames: Sequence[int]) -> list[tuple[str, int]]:
-    """Words, and the frame at which each begins, of a text and the frames of its characters.
-
-    Example:
-        >>> timed("at six", [3, 4, 6, 7, 8, 8])
-        [('at', 3), ('six', 7)]
-    """
-    return [(word.group(), frames[word.start()]) for word in re.finditer(r"\S+", text)]
+    return {
+        "wer": words_wrong(reader(False), records), "ctc_wer": words_wrong(reader(True), records)
+    }  # fmt: skip
 
 
 def arms(settings: Settings) -> dict[str, Settings]:
@@ -396,7 +390,7 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
         Gate("streams that differ from the whole", differ, "==", 0),
         Gate("real-time factor of the stream", factor, "<", 0.3),
     )  # fmt: skip
-
+    direction = (gates[0], replace(gates[1], op=">", bound=1.0), *gates[2:])
     return Claim(
         slug="streaming-conformer",
         statement="A conformer with limited contexts streams through caches without changing its "
@@ -413,7 +407,7 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
         ),
         scale=scale,
         device="cpu",
-        status=judge(gates, gates[3:]),
+        status=judge(gates, direction),
         reason="; ".join(f"missed: {gate.name}" for gate in gates if not gate.passed),
         gates=gates,
         seeds=(told.plan.seed,),
