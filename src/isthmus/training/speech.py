@@ -162,6 +162,13 @@ class SpokenBatch(NamedTuple):
     rows: tuple[int, ...]
 
 
+class LimitedBatch(NamedTuple):
+    """Spoken records, and the look-ahead with which they are heard."""
+
+    spoken: SpokenBatch
+    right: int
+
+
 def features_of(mel: LogMel, sounds: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Features [B, M, F] and valid frames [B] of sounds [N] at 16 kHz."""
     lengths = torch.tensor([len(sound) for sound in sounds])

@@ -19,7 +19,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -42,12 +42,12 @@ from isthmus.training.data import Data, Spoken
 from isthmus.training.loop import Plan
 from isthmus.training.speech import (
     Characters,
-    SpokenBatch,
+    LimitedBatch,
     SpokenBatches,
     features_of,
     timed,
     words_wrong,
-)
+)  # fmt: skip
 from isthmus.training.system import Answer, Scale, TrainedSystem
 from isthmus.workbench.data import data as named_data
 from isthmus.workbench.ears import ear
@@ -124,13 +124,6 @@ class Settings:
             self.mels, self.width, self.depth, self.heads, kernel=self.kernel, factor=self.factor,
             channels=self.channels, dropout=self.dropout, causal=self.look != "all",
         )  # fmt: skip
-
-
-class LimitedBatch(NamedTuple):
-    """Spoken records, and the look-ahead with which they are heard."""
-
-    spoken: SpokenBatch
-    right: int
 
 
 class Learner:
@@ -269,17 +262,13 @@ class StreamingConformer(TrainedSystem):
             self.module.encoder, self.mel, s.left, s.right if right is None else right
         )
 
-    def windows(self, sound: torch.Tensor) -> torch.Tensor:
-        """States [T, D] of a sound [N]: :func:`~isthmus.nn.cached_conformer.windowed`."""
-        s = self.settings
-        return windowed(self.module.encoder, *features_of(self.mel, [sound]), s.past, s.right + 1)
-
     @torch.no_grad()
     def answer(self, sounds: Sequence[torch.Tensor], *, ctc: bool = False) -> list[Transcript]:
         """What is said in sounds [N] at 16 kHz, with the frame of each token; by CTC if asked."""
         s = self.settings
         if s.look == "all":
-            rows = [self.windows(sound) for sound in sounds]
+            each, size = [features_of(self.mel, [sound]) for sound in sounds], s.right + 1
+            rows = [windowed(self.module.encoder, *given, s.past, size) for given in each]
             states, lengths = pad_sequence(rows, True), torch.tensor([len(row) for row in rows])
         else:
             states, lengths = self.encode(*features_of(self.mel, sounds), s.right)
@@ -375,7 +364,7 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
     second = sounds[0].numel() / RATE
     adds = {
         "cached": multiply_adds(lambda: [*cached.stream().play(sounds[0])]) / second,
-        "windows": multiply_adds(lambda: made["windows"].windows(sounds[0])) / second,
+        "windows": multiply_adds(lambda: made["windows"].answer(sounds[:1], ctc=True)) / second,
     }
     timing = ruler.compare(
         {"stream": lambda: [cached.listen(sound, 1600) for sound in sounds]}, repeats=3
