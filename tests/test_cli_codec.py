@@ -69,6 +69,7 @@ def test_pictures_go_in_and_come_out(tmp_path: Path, name: str, mode: str, back:
         ("a.wav", "FLOAT", 22_050, "b.wav"),
         ("a.flac", "PCM_24", 96_000, "b.flac"),
         ("a.ogg", "VORBIS", 16_000, "b.wav"),
+        ("a.mp3", "MPEG_LAYER_III", 44_100, "b.wav"),
         ("a.aiff", "PCM_16", 11_025, "b.aiff"),
     ],
 )

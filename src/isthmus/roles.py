@@ -655,6 +655,31 @@ class Streaming(Protocol):
 
 
 @runtime_checkable
+class FrameScorer(Protocol):
+    """Says what may be written at a frame of a sound after a text; token 0, the blank, reads on.
+
+    Transducers play it. A state is a value that holds one row for each row of the batch. A scorer
+    that does not look at the sound while it reads a text returns the state of ``hear`` unchanged.
+    """
+
+    def start(self, batch: int) -> Any:
+        """The state before the first token and the first frame."""
+        ...
+
+    def hear(self, frames: torch.Tensor, lengths: torch.Tensor, state: Any) -> Any:
+        """The state once frames [B, N, D] have come in, ``lengths`` [B] of them valid."""
+        ...
+
+    def score(self, frames: torch.Tensor, state: Any) -> torch.Tensor:
+        """Log-probabilities [B, N, V] at each of these frames [B, N, D] after the text so far."""
+        ...
+
+    def advance(self, tokens: torch.Tensor, where: torch.Tensor, state: Any) -> Any:
+        """The state after one token more, int64 [B], in the rows ``where`` is True, bool [B]."""
+        ...
+
+
+@runtime_checkable
 class Lens(Protocol):
     """Looks into something and explains what it does on an input.
 

@@ -66,7 +66,15 @@ def packed(signal: Signal, *, compact: bool = False) -> bytes:
     return out.getvalue()
 
 
+def board() -> Signal:
+    """A drawing, which is embedded."""
+    cells = (torch.arange(16)[:, None] // 4 + torch.arange(24) // 4) % 2 * 200
+    info = {"medium": "image", "dtype": "uint8", "shape": [3, 16, 24]}
+    return Signal(info, [cells.to(torch.uint8).expand(3, -1, -1).contiguous()])
+
+
 FILES = {
+    "drawing": lambda: packed(board()),
     "grey-dot": lambda: packed(picture(1, 1, 1)),
     "rgb": lambda: packed(picture(3, 9, 7)),
     "rgba-short": lambda: packed(picture(4, 12, 10), compact=True),

@@ -9,6 +9,7 @@ from decoding.tiny import network
 from isthmus.decoding.fast import FastTarget
 from isthmus.decoding.model import Model
 from isthmus.decoding.shortlist import Lexicon, Shortlist, ShortlistTarget, learn_lexicon
+from isthmus.decoding.tree import TokenTree
 from isthmus.errors import BrokenFileError, InvalidInputError
 from isthmus.models.encoder_decoder import Config, EncoderDecoder
 from isthmus.signals.tokenizer import learn_tokenizer
@@ -97,8 +98,6 @@ def test_logits_are_the_model_s_on_the_list_and_nothing_elsewhere(twin):
     tokens = greedy(target, SOURCES[:1])[0]
     allowed = short.allowed(SOURCES[0][None])[0]
     assert allowed.sum() < V / 3 and all(allowed[t] for t in tokens)
-    from isthmus.decoding.tree import TokenTree
-
     tree = TokenTree(torch.tensor([[0]]), TokenTree.root(torch.tensor([0])).topology)
     ours = target.session(1, **inputs).score(tree).logits[0, 0]
     theirs = whole.session(1, **inputs).score(tree).logits[0, 0]
@@ -166,3 +165,28 @@ def test_a_lexicon_survives_its_file_and_a_bad_line_is_named(tmp_path):
         Lexicon.load(tmp_path / "none", tokenizer)
     (tmp_path / "empty").write_text("")
     assert Lexicon.load(tmp_path / "empty", tokenizer).best(270, 2).sum() == 0
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_rows_that_are_put_into_another_order_take_their_sources_along(twin, listed):
+    short = Shortlist(lexicon(), V, first=4, best=3)
+    target = ShortlistTarget(twin, short) if listed else FastTarget(twin)
+    width = max(map(len, SOURCES))
+    inputs = {
+        "input_ids": torch.stack(
+            [torch.nn.functional.pad(s, (0, width - len(s))) for s in SOURCES]
+        ),
+        "attention_mask": torch.stack([(torch.arange(width) < len(s)).long() for s in SOURCES]),
+    }
+    tree = TokenTree.root(torch.tensor([7, 8, 9]))
+
+    def logits(order):
+        session = target.session(3, **inputs)
+        session.score(TokenTree.root(torch.tensor([0, 0, 0])))
+        session.keep(torch.zeros(3, 1, dtype=torch.int64))
+        session.reorder(order)
+        return session.score(TokenTree.root(tree.tokens[order, 0])).logits
+
+    first = logits([0, 1, 2])
+    assert torch.equal(logits([2, 0, 1]), first[[2, 0, 1]])
+    assert torch.equal(logits([1, 1, 0]), first[[1, 1, 0]])

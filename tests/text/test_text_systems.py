@@ -106,7 +106,7 @@ def test_a_copier_is_learnt_and_batches_are_nearly_without_padding(tmp_path):
     told = Marian.scales["test"]
     torch.manual_seed(0)
     learner = Marian.untrained(told.settings, data).learner(data, told.plan)
-    assert learner.padding < 0.05
+    assert learner.profile.inputs < 0.05 and learner.profile.outputs < 0.05
     plan = Plan(150, learning_rate=3e-3, validate_every=75)
     made = train(Marian, data, told.settings, plan)
     first, last = made.record["validation"]

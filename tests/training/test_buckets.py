@@ -1,10 +1,24 @@
+import threading
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isthmus.errors import InvalidInputError
-from isthmus.training.buckets import Buckets2D, BucketSampler, batch_sizes, outliers, padding
+from isthmus.training.buckets import (
+    Ahead,
+    Buckets2D,
+    BucketSampler,
+    KeptBytes,
+    Profile,
+    batch_sizes,
+    outliers,
+    padding,
+    saved_bytes,
+    survives,
+)
 
 
 @pytest.fixture(scope="module")
@@ -133,3 +147,60 @@ def test_too_much_output_for_an_input_is_found():
 def test_bad_lengths_are_refused(ins, outs):
     with pytest.raises(InvalidInputError, match="lengths"):
         Buckets2D.estimate(ins, outs)
+
+
+def test_kept_bytes_are_those_of_a_real_step_and_of_one_without_data():
+    torch.manual_seed(0)
+    layer = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 4))
+
+    def step(longest, output, rows, device="cpu"):
+        x = torch.ones(rows, int(longest), 8, device=device)
+        return layer.to(device)(x).logsumexp(-1).sum() * output
+
+    kept = KeptBytes(step)
+    for rows in (1, 2, 7):
+        assert kept(5, 1, rows) == saved_bytes(lambda rows=rows: step(5, 1, rows))
+    per_row = kept(5, 1, 2) - kept(5, 1, 1)
+    assert per_row >= 5 * (8 + 32 + 32) * 4  # inputs of both linear maps and of GELU
+    meta = KeptBytes(lambda *of: step(*of, device="meta"))
+    assert meta(5, 1, 7) == kept(5, 1, 7)
+
+
+def test_a_step_that_runs_out_of_memory_halves_the_batch():
+    weight, asked = torch.ones(1, requires_grad=True), []
+
+    def step(longest, output, rows):
+        asked.append(rows)
+        if rows * longest > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return weight.sum()
+
+    assert batch_sizes([(2, 1), (9, 1)], survives(step), tolerance=0) == [50, 11]
+    assert weight.grad is not None and max(asked) < 130
+    with pytest.raises(InvalidInputError, match="does not fit"):
+        batch_sizes([(200, 1)], survives(step))
+
+
+def test_batches_made_ahead_are_the_same_and_errors_come_through():
+    made = {}
+
+    def make(part):
+        if part == 9:
+            raise InvalidInputError("nine")
+        made[part] = threading.current_thread()
+        return part * part
+
+    ahead = Ahead(make)
+    assert [ahead(p) for p in (0, 2, 4, 6, 6, 1)] == [0, 4, 16, 36, 36, 1]
+    assert ahead(7) == 49
+    assert made[4] is not threading.main_thread() is made[1]
+    with pytest.raises(InvalidInputError, match="nine"):
+        ahead(9)
+
+
+def test_the_profile_counts_what_is_left_out():
+    profile = Profile.of([1, 3, 4, 9], [1, 1, 2, 5], [np.array([0, 1]), np.array([2])])
+    assert (profile.batches, profile.rows, profile.left_out) == (2, 1.5, 1)
+    assert profile.inputs == pytest.approx(1 - 8 / 10) and profile.outputs == 0
+    assert profile.cost == pytest.approx(1 - 12 / 14)
+    assert "1 records left out" in str(profile) and Profile(**profile.to_dict()).rows == 1.5

@@ -37,7 +37,7 @@ def test_batches_are_of_like_lengths_and_follow_from_their_number() -> None:
         hidden = masked.batch(part)
         assert hidden.rows == batch.rows
         gone += int((hidden.features == 0).sum() - (batch.features == 0).sum())
-    assert sorted(seen) == list(range(23)) and plain.padding < 0.25 and gone > 1000
+    assert sorted(seen) == list(range(23)) and plain.profile.inputs < 0.25 and gone > 1000
     once = [row for batch in plain.once() for row in batch.rows]
     assert once == list(range(23))
     assert letters.decode(plain.of([1]).targets[0].tolist()) == "bbb"

@@ -165,3 +165,66 @@ def _progress(
             bar.update(task, description=f"training once, step {now.step}", completed=now.step)
 
         yield heard, report
+
+
+def bench(
+    *files: Path,
+    model: Path | None = None,
+    picture: Annotated[Path | None, Parameter(name=["--picture", "-p"])] = None,
+    json: Json = False,
+) -> int:
+    """Compare codecs on your pictures or sounds: rate, distortion, time, in one run.
+
+    Ours that are ready (trained ones whose model is in the cache) beside JPEG, WebP, AVIF, PNG,
+    JPEG XL where its plug-in is installed; FLAC, Opus, Vorbis, MP3.
+
+    Args:
+        files: Pictures only, or sounds only.
+        model: Folder of a trained codec to compare as well.
+        picture: A .png, .svg or .pdf file to draw the curves into.
+        json: Print one JSON object and nothing else on standard output.
+    """
+    import math
+
+    from rich.table import Table
+
+    from isthmus.laws.forwards import check_picture
+    from isthmus.laws.rd import draw
+    from isthmus.workbench.codec_bench import bench as measure
+
+    if picture is not None:
+        check_picture(picture)
+    with console(stderr=True).status("") as status:
+        found = measure(files, model=model, report=lambda name: status.update(name))
+    image = found.medium == "image"
+    rate, quality = ("bits per pixel", "PSNR, dB") if image else ("kbit/s", "- log-mel dB")
+    if picture is not None:
+        draw(picture, found.curves, rate=rate, quality=quality)
+    if json:
+        curves = {
+            name: [
+                {**asdict(p), "quality": p.quality if math.isfinite(p.quality) else None}
+                for p in points
+            ]
+            for name, points in found.curves.items()
+        }
+        record = {"curves": curves, "bd_rate": found.bd, "left_out": found.left_out}
+        print_json({"medium": found.medium, "anchor": found.anchor, **record})
+        return 0
+    each = "Mpixel" if image else "s of sound"
+    table = Table(pad_edge=False)
+    heads = ("setting", rate, quality, f"encode s/{each}", f"decode s/{each}")
+    for head in ("codec", *heads, f"rate at equal quality, {found.anchor} = 0"):
+        table.add_column(head, justify="left" if head == "codec" else "right")
+    for name, points in found.curves.items():
+        for i, p in enumerate(points):
+            said = f"{p.quality:.2f}" if math.isfinite(p.quality) else "exact"
+            bd = f"{found.bd[name]:+.1f} %" if i == 0 and name in found.bd else ""
+            times = (f"{p.encode_s:.3f}", f"{p.decode_s:.3f}")
+            table.add_row("" if i else name, p.label, f"{p.rate:.3f}", said, *times, bd)
+    console().print(table)
+    for name, why in found.left_out.items():
+        console(stderr=True).print(f"left out: {name}: {why}")
+    if picture is not None:
+        console().print(f"curves drawn into {picture}")
+    return 0

@@ -93,6 +93,11 @@ bench.command(
     help="Decoding: isthmus against transformers' own generation, same model and prompts.",
 )
 bench.command(
+    "isthmus.cli.codec:bench",
+    name="codec",
+    help="Codecs on your own pictures or sounds: rate, distortion and time.",
+)
+bench.command(
     "isthmus.cli.bench:family",
     name="family",
     help="The speculative family: one target, the same prompts, greedy and sampled.",
@@ -121,6 +126,11 @@ bench.command(
     "isthmus.cli.bench_serve:serve",
     name="serve",
     help="A server under load, beside that of transformers.",
+)
+bench.command(
+    "isthmus.cli.bench_train:train",
+    name="train",
+    help="Training: the loop of isthmus beside the Trainer of transformers.",
 )
 bench.command(
     "isthmus.cli.bench_translate:translate",

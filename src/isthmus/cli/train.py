@@ -100,6 +100,7 @@ def _system(
     from rich.progress import Progress as Bar
 
     from isthmus.settings import changed
+    from isthmus.training.buckets import Profile
     from isthmus.training.loop import Progress
     from isthmus.training.plot import plot
     from isthmus.training.system import metrics_file, train
@@ -156,6 +157,8 @@ def _system(
         return 0
     best = next(c for c in made.record["validation"] if c["step"] == made.record["best_step"])
     said = ", ".join(f"{k} {v:.4g}" for k, v in best.items() if k != "step")
+    if "batches" in made.record:
+        console().print(f"batches: {Profile(**made.record['batches'])}")
     console().print(
         f"{system.name}: {parameters / 1e6:.2f} M parameters, {said} at step {best['step']}; "
         f"written to {out}\nuse it: isthmus run {out} INPUT"

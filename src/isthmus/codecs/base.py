@@ -149,15 +149,15 @@ def lookup(name: str) -> type:
 
 
 def fields_of(name: str) -> tuple[str, ...]:
-    """Names of the parameters of a codec, for compact headers; none where there is no such codec.
+    """Names of the parameters of a codec, for compact headers.
 
     Args:
         name: Its id.
+
+    Raises:
+        UnknownNameError: No such codec.
     """
-    try:
-        return tuple(lookup(name).fields)  # type: ignore[attr-defined]
-    except UnknownNameError:
-        return ()
+    return tuple(lookup(name).fields)  # type: ignore[attr-defined]
 
 
 def find(name: str, mark: bytes, folder: str | Path | None = None) -> Codec:

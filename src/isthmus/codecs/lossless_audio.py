@@ -195,7 +195,7 @@ def _predicted(features: Ints, coefficients: Ints, places: Ints) -> Ints:
 
 
 class Size:
-    """Running means of |residual|, in sixteenths: the contexts of the next ones.
+    """Running means of the sizes of residuals, in sixteenths: the contexts of the next ones.
 
     Args:
         lanes: Blocks.
@@ -211,7 +211,7 @@ class Size:
         return context((5 * self.fast[:lanes] + 3 * self.slow[:lanes]) >> 11)
 
     def seen(self, misses: Ints) -> None:
-        """Learn from |residual| [lanes]."""
+        """Learn from the sizes of residuals [lanes]."""
         n, high = len(misses), misses << 12
         self.fast[:n] += (high - self.fast[:n]) >> 4
         self.slow[:n] += (high - self.slow[:n]) >> 7
@@ -399,11 +399,7 @@ def _fit(values: Ints, other: Ints | None, lanes: Lanes) -> tuple[Ints, Ints, In
             point = np.clip(BITS - largest, 0, PLACES).astype(np.int64)
             whole = np.rint(line * (1 << point)[:, None])
             found[:, used] = np.clip(whole, -(1 << BITS) + 1, (1 << BITS) - 1)
-        left = (
-            np.abs(values - _predicted(features, found[None], point))
-            .T[..., None]
-            .astype(np.float64)
-        )
+        left = np.abs(y - x @ (found / (1 << point)[:, None])[..., None])
         # Laplace: log2(2 e b) bits a sample, and what the coefficients cost
         bits = np.log2(2 * np.e * (_smooth(left) + 0.2)).sum((1, 2)) + 14 * len(used)
         better = bits < best

@@ -11,11 +11,15 @@
 
 Coefficients, weights and the choice of tables are fitted by the encoder and travel as integers;
 the decoder computes with integers only. Numbers per band, so memory does not grow with the picture.
-Tables of the bank are the probability model; :mod:`isthmus.codecs.residuals`.
+Tables of the bank are the probability model; :mod:`isthmus.codecs.residuals`. Drawings and pictures
+of screens repeat themselves exactly, which predictors do not see: a band of those may be an
+embedded lossless WebP picture instead, where that is smaller.
 """
 
 from __future__ import annotations
 
+import io
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,15 +28,21 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from isthmus.codecs.container import Frame, Header
+from isthmus.codecs.container import EMBEDDED, Frame, Header
 from isthmus.codecs.rangecoder import Decoder, Encoder, Ints
 from isthmus.codecs.residuals import CONTEXTS, Bank, choose, context
-from isthmus.errors import BrokenFileError, InvalidInputError
+from isthmus.errors import BrokenFileError, InvalidInputError, require
 from isthmus.roles import Medium, Signal
 
 TILE = 512
 BAND = 1 << 20
 """Pixels of a band, about."""
+
+DRAWN = 2.5
+"""Bits a value below which a band may be a drawing."""
+
+SPARSE = 100
+"""Different values below which it may be one as well."""
 
 MARGIN, SLOPE = 4, 4
 
@@ -259,6 +269,9 @@ class Plane:
 class LosslessImage:
     """The codec.
 
+    Args:
+        drawings: Whether bands may be embedded WebP pictures where those are smaller.
+
     Example:
         >>> from isthmus.codecs.base import pack, unpack
         >>> import io
@@ -277,6 +290,9 @@ class LosslessImage:
     numerics = "static"
     fields = ()
     fingerprint = bytes(32)
+
+    def __init__(self, *, drawings: bool = True) -> None:
+        self.drawings = drawings
 
     def parameters(self, info: Mapping[str, Any], rate: float | None = None) -> dict[str, Any]:
         """None: everything follows from the shape.
@@ -305,7 +321,7 @@ class LosslessImage:
                 seen += band.shape[1]
                 if band.min() < 0 or band.max() > most:
                     raise InvalidInputError(f"the picture has values beyond 0 to {most}")
-                yield _encode(band, most)
+                yield _encode(band, most, self.drawings)
         if waiting or seen != height:
             raise InvalidInputError(f"the picture has {seen + waiting} rows and names {height}")
 
@@ -321,7 +337,11 @@ class LosslessImage:
             frame = next(source, None)
             if frame is None:
                 return
-            band = _decode(frame, planes, min(_rows(width), height - top), width, most)
+            rows = min(_rows(width), height - top)
+            if frame.kind == EMBEDDED:
+                band = _drawn(frame.payload, planes, rows, width)
+            else:
+                band = _decode(frame, planes, rows, width, most)
             kind = torch.uint8 if dtype == "uint8" else torch.int32
             yield torch.from_numpy(band).to(kind)
 
@@ -333,7 +353,8 @@ def _check(info: Mapping[str, Any], error: type[Exception]) -> None:
 
 
 def _rows(width: int) -> int:
-    return max(1, BAND // width)
+    """Rows of a band: about so many pixels, the margins of its tiles counted."""
+    return max(1, BAND // (width + 2 * MARGIN * -(-width // TILE)))
 
 
 def _most(info: Mapping[str, Any]) -> int:
@@ -345,14 +366,53 @@ def _order(planes: int) -> list[int]:
     return [1, 0, *range(2, planes)] if planes >= 3 else list(range(planes))
 
 
-def _encode(band: np.ndarray, most: int) -> Frame:
-    """The best of the shapes that a band of this size may have."""
+def _encode(band: np.ndarray, most: int, drawings: bool) -> Frame:
+    """The best of the shapes that a band of this size may have, or a drawing."""
     planes, rows, columns = band.shape
     grid = Grid(rows, columns)
     pixels = rows * columns
     tried = [n for n in range(len(SHAPES)) if pixels < 1 << 15 or n == len(SHAPES) - 1]
     tried = [n for n in tried if pixels * planes > (0, 100, 2000)[n]]
-    return min((_encoded(band, grid, n, most) for n in tried), key=lambda f: len(f.payload))
+    best = min((_encoded(band, grid, n, most) for n in tried), key=lambda f: len(f.payload))
+    plain = 8 * len(best.payload) < DRAWN * pixels * planes or len(np.unique(band)) < SPARSE
+    if drawings and most == 255 and plain:
+        data = _draw(band)
+        if data and len(data) < len(best.payload):
+            return Frame(data, kind=EMBEDDED, samples=rows)
+    return best
+
+
+def _draw(band: np.ndarray) -> bytes:
+    """The band as a lossless WebP picture; nothing where that cannot hold it."""
+    planes, rows, columns = band.shape
+    if planes not in (1, 3, 4) or max(rows, columns) > 16_383:
+        return b""
+    pixels = np.moveaxis(band.astype(np.uint8), 0, -1)
+    if planes == 1:
+        pixels = pixels.repeat(3, -1)
+    out = io.BytesIO()
+    picture = require("PIL.Image", "codec").fromarray(np.ascontiguousarray(pixels))
+    picture.save(out, "WEBP", lossless=True, quality=100, method=4, exact=True)
+    return out.getvalue()
+
+
+def _drawn(data: bytes, planes: int, rows: int, columns: int) -> np.ndarray:
+    """The band in an embedded picture.
+
+    Raises:
+        BrokenFileError: It is another one.
+    """
+    library = require("PIL.Image", "codec")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of its size, which is looked at right here
+            with library.open(io.BytesIO(data), formats=("WEBP",)) as picture:
+                if picture.size != (columns, rows):  # before anything is decoded
+                    raise BrokenFileError(f"an embedded picture has the size {picture.size}")
+                pixels = np.asarray(picture.convert("RGBA" if planes == 4 else "RGB"))
+    except (OSError, SyntaxError, library.DecompressionBombError) as error:
+        raise BrokenFileError(f"an embedded picture cannot be read ({error})") from error
+    return np.moveaxis(pixels, -1, 0)[:planes].astype(np.int64)
 
 
 def _encoded(band: np.ndarray, grid: Grid, number: int, most: int) -> Frame:

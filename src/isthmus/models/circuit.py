@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from isthmus.errors import InvalidInputError
 
 
-def mutual_information(values: Tensor, levels: int, bins: int = 32) -> Tensor:
+def mutual_information(values: Tensor, levels: int, cells: int = 4096) -> Tensor:
     """Of each pair of variables, in nats.
 
     Args:
         values: int64 [N, D].
-        levels: K; more than ``bins`` are put together to so many.
-        bins: Values of a variable that are told apart.
+        levels: K; put together to at most 32, and fewer where variables are many.
+        cells: Variables times levels at most; memory is the square of it.
 
     Returns:
         float64 [D, D].
@@ -41,13 +41,18 @@ def mutual_information(values: Tensor, levels: int, bins: int = 32) -> Tensor:
         >>> [round(v, 3) for v in mutual_information(twins, 2)[0, 1:].tolist()]  # log 2, and 0
         [0.693, 0.0]
     """
+    count, width = values.shape
+    bins = max(2, min(32, cells // width))
     if levels > bins:
         values, levels = values * bins // levels, bins
-    count, width = values.shape
-    one_hot = torch.zeros(count, width * levels, dtype=torch.float32)
-    one_hot.scatter_(1, values + torch.arange(width) * levels, 1.0)
-    joint = (one_hot.T @ one_hot).double().view(width, levels, width, levels) / count
-    own = one_hot.double().mean(0).view(width, levels)
+    place = values + torch.arange(width) * levels
+    joint, share = torch.zeros(width * levels, width * levels), torch.zeros(width * levels)
+    for rows in torch.split(place, 2048):
+        one_hot = torch.zeros(len(rows), width * levels).scatter_(1, rows, 1.0)
+        joint += one_hot.T @ one_hot
+        share += one_hot.sum(0)
+    joint = joint.double().view(width, levels, width, levels) / count
+    own = share.double().view(width, levels) / count
     apart = own[:, :, None, None] * own[None, None]
     terms = torch.where(joint > 0, joint * (joint / apart.clamp(min=1e-300)).log(), 0.0)
     return terms.sum((1, 3)).clamp(min=0)

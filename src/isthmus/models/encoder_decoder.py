@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from isthmus.errors import InvalidInputError, UnsupportedModelError
-from isthmus.nn.attention import MultiHeadAttention
+from isthmus.nn.attention import Kept, MultiHeadAttention
 from isthmus.nn.feed_forward import FeedForward
 from isthmus.nn.position import RelativeBias, sinusoidal
 
@@ -118,6 +118,22 @@ class Memory:
     mask: torch.Tensor
 
 
+class Written:
+    """What a decoder keeps of the text that it has written: the keys and values of every layer.
+
+    Args:
+        layers: Of the decoder.
+
+    Attributes:
+        length: Tokens so far.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self.length = 0
+        self.own = [Kept() for _ in range(layers)]
+        self.across = [Kept() for _ in range(layers)]
+
+
 class _Sublayer(nn.Module):
     """``x + f(norm(x))`` or ``norm(x + f(x))``."""
 
@@ -159,10 +175,12 @@ class _Layer(nn.Module):
         causal: bool,
         memory: torch.Tensor | None = None,
         memory_mask: torch.Tensor | None = None,
+        own: Kept | None = None,
+        across: Kept | None = None,
     ) -> torch.Tensor:
-        x = self.self_attention(x, mask=mask, causal=causal)
+        x = self.self_attention(x, mask=mask, causal=causal, kept=own)
         if self.cross_attention is not None:
-            x = self.cross_attention(x, memory, mask=memory_mask)
+            x = self.cross_attention(x, memory, mask=memory_mask, kept=across)
         out: torch.Tensor = self.feed_forward(x)
         return out
 
@@ -183,23 +201,28 @@ class _Stack(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: torch.Tensor, mask: torch.Tensor | None, memory: Memory | None = None
+        self,
+        x: torch.Tensor,
+        mask: torch.Tensor | None,
+        memory: Memory | None = None,
+        written: Written | None = None,
     ) -> torch.Tensor:
         """Map x [B, T, D] to [B, T, D]; mask is bool [B, T], True where there is a token."""
-        length = x.shape[1]
+        new, length = x.shape[1], x.shape[1] + (written.length if written else 0)
         keys = None if mask is None else mask[:, None, None, :]
-        causal = self.decoder
+        causal = self.decoder and new > 1  # a single new place sees all that is written
+        if causal and (self.bias is not None or new < length):
+            seen = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()[-new:]
+            keys, causal = seen if keys is None else keys & seen, False
         if self.bias is not None:
-            bias = self.bias(length, length)
-            if causal:
-                ahead = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
-                bias = bias.masked_fill(ahead, -math.inf)
-            keys = bias if keys is None else bias.masked_fill(~keys, -math.inf)
-            keys, causal = keys.to(x.dtype), False
+            bias = self.bias(length, length)[..., -new:, :]
+            keys = (bias if keys is None else bias.masked_fill(~keys, -math.inf)).to(x.dtype)
         cross = None if memory is None else memory.mask[:, None, None, :]
         x = self.dropout(x)
-        for layer in self.layers:
-            x = layer(x, keys, causal, None if memory is None else memory.states, cross)
+        states = None if memory is None else memory.states
+        for number, layer in enumerate(self.layers):
+            kept = (written.own[number], written.across[number]) if written else ()
+            x = layer(x, keys, causal, states, cross, *kept)
         out: torch.Tensor = self.dropout(self.norm(x))
         return out
 
@@ -234,7 +257,11 @@ class EncoderDecoder(nn.Module):
         return Memory(self.encoder(self.embed(source), mask), mask)
 
     def decode(
-        self, target: torch.Tensor, memory: Memory, where: torch.Tensor | None = None
+        self,
+        target: torch.Tensor,
+        memory: Memory,
+        where: torch.Tensor | None = None,
+        written: Written | None = None,
     ) -> torch.Tensor:
         """Logits of the token after each one.
 
@@ -243,11 +270,16 @@ class EncoderDecoder(nn.Module):
                 Padding behind a text needs no mask, for nothing before it sees it.
             memory: The encoded source.
             where: Places whose logits are wanted, bool [B, T]; all when None.
+            written: From :meth:`begin`: the target goes on behind what was given before, and is
+                added to it.
 
         Returns:
             [B, T, V], or [N, V] of the N chosen places in order.
         """
-        states = self.decoder(self.embed(target), None, memory)
+        x = self.embed(target, written.length if written else 0)
+        states = self.decoder(x, None, memory, written)
+        if written:
+            written.length += target.shape[1]
         logits: torch.Tensor = self.head(states if where is None else states[where])
         return logits
 
@@ -257,8 +289,12 @@ class EncoderDecoder(nn.Module):
         """Logits of a target given its source; arguments as for ``encode`` and ``decode``."""
         return self.decode(target, self.encode(source), where)
 
-    def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Embeddings [B, T, D] of ids, with positions where these are added.
+    def begin(self) -> Written:
+        """Nothing written yet; for :meth:`decode`."""
+        return Written(len(self.decoder.layers))
+
+    def embed(self, ids: torch.Tensor, start: int = 0) -> torch.Tensor:
+        """Embeddings [B, T, D] of ids, with positions from ``start`` on where these are added.
 
         Raises:
             InvalidInputError: Longer than ``max_length``, where positions are added.
@@ -267,12 +303,12 @@ class EncoderDecoder(nn.Module):
         if self.config.embedding_scaled:
             x = x * math.sqrt(self.config.hidden_size)
         if self.config.position == "sinusoidal":
-            length = ids.shape[1]
+            length = start + ids.shape[1]
             if length > self.config.max_length:
                 raise InvalidInputError(
                     f"a text of {length} tokens is longer than max_length={self.config.max_length}"
                 )
-            x = x + self.waves[:length]
+            x = x + self.waves[start:length]
         return x
 
     def _initialise(self) -> None:

@@ -25,10 +25,17 @@ class SpeechToText(nn.Module):
         layers: Of the decoder.
         heads: Of the decoder.
         dropout: Of the decoder.
+        heard: Tokens of CTC, where it has a vocabulary of its own; V when 0.
     """
 
     def __init__(
-        self, encoder: Conformer, vocab: int, layers: int = 3, heads: int = 4, dropout: float = 0.1
+        self,
+        encoder: Conformer,
+        vocab: int,
+        layers: int = 3,
+        heads: int = 4,
+        dropout: float = 0.1,
+        heard: int = 0,
     ) -> None:
         super().__init__()
         width = encoder.width
@@ -46,7 +53,7 @@ class SpeechToText(nn.Module):
             end_id=vocab - 1,
         )
         self.encoder, self.text = encoder, EncoderDecoder(config)
-        self.ctc = nn.Linear(width, vocab)
+        self.ctc = nn.Linear(width, heard or vocab)
         self.end = vocab - 1
 
     def encode(
@@ -78,10 +85,12 @@ class SpeechToText(nn.Module):
         """
         memory = self.encode(features, frames)[0]
         done = torch.zeros(len(begin), dtype=torch.bool)
-        text = begin
+        text = new = begin
+        written = self.text.begin()
         for _ in range(longest):
-            token = self.text.decode(text, memory)[:, -1].argmax(-1)
+            token = self.text.decode(new, memory, written=written)[:, -1].argmax(-1)
             text = torch.cat([text, token.masked_fill(done, self.end)[:, None]], 1)
+            new = text[:, -1:]
             done |= token == self.end
             if done.all():
                 break

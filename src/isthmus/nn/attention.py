@@ -3,10 +3,37 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+
+@dataclass
+class Kept:
+    """Keys and values that one attention keeps from call to call, both [B, H, S, d].
+
+    Attributes:
+        keys: None before the first call.
+        values: Likewise.
+    """
+
+    keys: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+
+    @property
+    def both(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values, after the first call."""
+        assert self.keys is not None and self.values is not None
+        return self.keys, self.values
+
+    def extend(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Put further ones behind."""
+        if self.keys is not None and self.values is not None:
+            keys = torch.cat([self.keys, keys], 2)
+            values = torch.cat([self.values, values], 2)
+        self.keys, self.values = keys, values
 
 
 class MultiHeadAttention(nn.Module):
@@ -49,6 +76,7 @@ class MultiHeadAttention(nn.Module):
         mask: torch.Tensor | None = None,
         *,
         causal: bool = False,
+        kept: Kept | None = None,
     ) -> torch.Tensor:
         """Attend from x [B, T, D] to a memory [B, S, D], or to x itself.
 
@@ -58,15 +86,21 @@ class MultiHeadAttention(nn.Module):
             mask: Added to the scores, or bool with True where attention goes; broadcast to
                 [B, H, T, S].
             causal: Every place sees itself and what is before it; without ``mask``.
+            kept: From earlier calls. Over itself, x sees what is kept and is added to it; a memory
+                is projected by the first call only.
 
         Returns:
             [B, T, D].
         """
-        memory = x if memory is None else memory
-        q, k, v = (
-            project(of).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
-            for project, of in ((self.q_proj, x), (self.k_proj, memory), (self.v_proj, memory))
-        )
+        q = self._heads(self.q_proj(x))
+        if kept is not None and memory is not None and kept.keys is not None:
+            k, v = kept.both
+        else:
+            of = x if memory is None else memory
+            k, v = self._heads(self.k_proj(of)), self._heads(self.v_proj(of))
+            if kept is not None:
+                kept.extend(k, v)
+                k, v = kept.both
         mixed = F.scaled_dot_product_attention(
             q,
             k,
@@ -78,3 +112,7 @@ class MultiHeadAttention(nn.Module):
         )
         out: torch.Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
         return out
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, S, H d] to [B, H, S, d]."""
+        return x.view(*x.shape[:2], self.heads, self.head_dim).transpose(1, 2)

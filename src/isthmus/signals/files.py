@@ -134,6 +134,8 @@ def _sound(path: Path, exact: bool) -> Signal:
     # libsndfile reads what is left of a file that was cut off and only notes it in its log
     if any("data" in x and "should be" in x for x in info.extra_info.splitlines()):
         raise BrokenFileError(f"{path} is cut off: its header promises more than it holds")
+    # how long an MP3 file is, only its end tells
+    total = None if info.format == "MP3" else int(info.frames)
     if info.frames < 1:
         raise InvalidInputError(f"{path} holds no samples; give a recording")
     bits = _WHOLE.get(info.subtype, 0) if exact else 0
@@ -142,7 +144,7 @@ def _sound(path: Path, exact: bool) -> Signal:
     signal = {
         "medium": "audio",
         "dtype": f"int{bits}" if bits else "float32",
-        "shape": [int(info.channels), int(info.frames)],
+        "shape": [int(info.channels), total],
         "rate_hz": int(info.samplerate),
     }
 
@@ -150,15 +152,17 @@ def _sound(path: Path, exact: bool) -> Signal:
         done = 0
         try:
             with soundfile.SoundFile(str(path)) as file:
-                while done < info.frames:
-                    count = min(PIECE, info.frames - done)
+                while total is None or done < total:
+                    count = PIECE if total is None else min(PIECE, total - done)
                     data = file.read(count, "int32" if bits else "float32", always_2d=True)
-                    if len(data) < count:
+                    if total is None and not len(data):
+                        return
+                    if total is not None and len(data) < count:
                         raise BrokenFileError(
-                            f"{path} is cut off: {done + len(data)} of {info.frames} samples could "
+                            f"{path} is cut off: {done + len(data)} of {total} samples could "
                             "be read"
                         )
-                    done += count
+                    done += len(data)
                     if not bits and not np.isfinite(data).all() and not exact:
                         raise InvalidInputError(f"{path} holds samples that are no finite numbers")
                     # libsndfile puts whole numbers into the upper bits

@@ -35,7 +35,7 @@ def check_codec(
     *,
     rates: Sequence[float | None] = (None,),
     mutations: int = 300,
-    limit_s: float = 20.0,
+    limit_s: float = 60.0,
 ) -> None:
     """Check that a codec keeps the contract of :class:`isthmus.roles.Codec`.
 

@@ -12,15 +12,19 @@ the middle of an epoch needs no state, and all processes take batches of one buc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any, Generic, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
 from isthmus.errors import InvalidInputError
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+T = TypeVar("T")
 
 
 def _cuts(lengths: Floats, parts: int) -> Floats:
@@ -185,6 +189,75 @@ def batch_sizes(
     return sizes[::-1]
 
 
+class KeptBytes:
+    """Bytes that autograd keeps for the way back in a step of training, by lengths and rows.
+
+    Every row of the same lengths adds the same, so one row and two are measured. On the meta device
+    that computes nothing: only sizes count.
+
+    Args:
+        step: The loss of a batch of these lengths, and of that many rows.
+
+    Example:
+        >>> weight = torch.ones(4, requires_grad=True)
+        >>> kept = KeptBytes(lambda i, o, n: (weight * torch.ones(n, int(i), 4)).sum())
+        >>> kept(5, 1, 3)  # 15 places of 16 bytes
+        240
+        >>> batch_sizes([(5, 1), (10, 1)], lambda *of: kept(*of) <= 16_000, tolerance=0)
+        [200, 100]
+    """
+
+    def __init__(self, step: Callable[[float, float, int], torch.Tensor]) -> None:
+        self.step = step
+        self._known: dict[tuple[float, float], tuple[int, int]] = {}
+
+    def __call__(self, longest: float, output: float, rows: int) -> int:
+        """See the class."""
+        of = longest, output
+        if of not in self._known:
+            one = saved_bytes(lambda: self.step(*of, 1))
+            self._known[of] = one, saved_bytes(lambda: self.step(*of, 2)) - one
+        first, more = self._known[of]
+        return first + (rows - 1) * more
+
+
+def survives(
+    step: Callable[[float, float, int], torch.Tensor],
+) -> Callable[[float, float, int], bool]:
+    """Whether a GPU has the memory for a step of training, found by taking it.
+
+    Args:
+        step: The loss of a batch of these lengths, and of that many rows.
+
+    Returns:
+        What :func:`batch_sizes` asks.
+    """
+
+    def fits(longest: float, output: float, rows: int) -> bool:
+        try:
+            step(longest, output, rows).backward()  # type: ignore[no-untyped-call]
+        except torch.OutOfMemoryError:
+            return False
+        return True
+
+    return fits
+
+
+def saved_bytes(step: Callable[[], object]) -> int:
+    """Bytes that autograd keeps for the way back from what a function computes."""
+    kept: dict[int, int] = {}  # one storage is often saved more than once
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()  # data on the meta device have no address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        result = step()  # alive till the end: freed memory would be counted twice
+    del result
+    return sum(kept.values())
+
+
 class BucketSampler:
     """Rows of every batch, epoch after epoch.
 
@@ -235,6 +308,10 @@ class BucketSampler:
         group, rank = divmod(place, self._ranks)
         return self._order[group][rank :: self._ranks]
 
+    def epoch(self) -> list[Ints]:
+        """Rows of all batches of the first epoch."""
+        return [self.rows(part) for part in range(self.parts)]
+
 
 def padding(lengths: ArrayLike, batches: Sequence[Ints]) -> float:
     """Share of what is computed that is padding, ``1 - sum of lengths / sum of padded lengths``.
@@ -246,3 +323,103 @@ def padding(lengths: ArrayLike, batches: Sequence[Ints]) -> float:
     each = np.asarray(lengths, np.float64)
     padded = sum(float(each[rows].max()) * len(rows) for rows in batches)
     return 1 - sum(float(each[rows].sum()) for rows in batches) / padded
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What the batches of an epoch are made of.
+
+    Attributes:
+        batches: Batches.
+        rows: Examples of a batch, on average.
+        inputs: Share of the padded inputs that is padding.
+        outputs: The same of the outputs.
+        cost: The same of what computing them costs.
+        left_out: Examples that are in no batch.
+    """
+
+    batches: int
+    rows: float
+    inputs: float
+    outputs: float
+    cost: float
+    left_out: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        inputs: ArrayLike,
+        outputs: ArrayLike,
+        batches: Sequence[Ints],
+        cost: Callable[[Floats, Floats], Floats] = lambda i, o: i + o,
+    ) -> Profile:
+        """Profile batches.
+
+        Args:
+            inputs: Lengths [N].
+            outputs: Lengths [N].
+            batches: Rows of each batch.
+            cost: Of examples of these lengths; each is charged its own and what it is padded to.
+
+        Example:
+            >>> print(Profile.of([1, 3, 4], [1, 1, 1], [np.array([0, 1]), np.array([2])]))
+            1.5 records on average; padding 20.0% of inputs, 0.0% of outputs, 15.4% of cost
+        """
+        ins, outs = _lengths(inputs, outputs)
+        used = np.concatenate(batches)
+        tops = np.array([[ins[rows].max(), outs[rows].max()] for rows in batches])
+        padded = (np.array([len(rows) for rows in batches]) * cost(tops[:, 0], tops[:, 1])).sum()
+        return cls(
+            len(batches),
+            len(used) / len(batches),
+            padding(ins, batches),
+            padding(outs, batches),
+            float(1 - cost(ins[used], outs[used]).sum() / padded),
+            len(ins) - len(used),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {name: round(value, 4) for name, value in asdict(self).items()}
+
+    def __str__(self) -> str:
+        said = (
+            f"{self.rows:.1f} records on average; padding {self.inputs:.1%} of inputs, "
+            f"{self.outputs:.1%} of outputs, {self.cost:.1%} of cost"
+        )
+        return f"{said}; {self.left_out} records left out" if self.left_out else said
+
+
+class Ahead(Generic[T]):
+    """Makes the next batch in a thread while the last one is used.
+
+    Args:
+        make: The batch of a number, from that number alone.
+
+    Attributes:
+        ahead: Off, batches are made when they are asked for.
+
+    Example:
+        >>> ahead = Ahead(lambda part: part**2)
+        >>> [ahead(part) for part in (3, 5, 7)]
+        [9, 25, 49]
+    """
+
+    def __init__(self, make: Callable[[int], T]) -> None:
+        self.make, self.ahead = make, True
+        self._pool: ThreadPoolExecutor | None = None
+        self._coming: tuple[int, Future[T]] | None = None
+        self._last: int | None = None
+
+    def __call__(self, part: int) -> T:
+        """The batch of that number."""
+        if not self.ahead:
+            return self.make(part)
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, "batches")
+        made = self._coming
+        found = made[1].result() if made and made[0] == part else self.make(part)
+        step = 1 if self._last is None else max(1, part - self._last)  # processes take turns
+        self._last = part
+        self._coming = part + step, self._pool.submit(self.make, part + step)
+        return found

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from isthmus.errors import InvalidInputError
+from isthmus.metrics.speech import word_error_rate
+from isthmus.models.speech_to_text import SpeechToText
 from isthmus.nn.spec_augment import SpecAugment
 from isthmus.signals.features import RATE, LogMel
-from isthmus.training.buckets import Buckets2D, BucketSampler, padding
+from isthmus.training.buckets import Buckets2D, BucketSampler, KeptBytes, Profile, batch_sizes
 from isthmus.training.data import Spoken, Translated
+
+HOP = 160
+"""Samples of a frame of the features."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +124,16 @@ def unspelled(words: Sequence[str]) -> str:
     return "".join(word for word in words if word[0] != "<").replace("_", " ")
 
 
+def heard(text: str) -> str:
+    """The words of a text, without what cannot be heard.
+
+    Example:
+        >>> heard("Forty two, nine.")
+        'forty two nine'
+    """
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
 class SpokenBatch(NamedTuple):
     """Spoken records, padded.
 
@@ -152,9 +169,10 @@ class SpokenBatches:
         seed: Seed of the order and of SpecAugment.
         augment: Masks the features of training batches.
         parts: Buckets by duration.
+        sampler: Chooses the records of every batch instead.
 
     Attributes:
-        padding: Share of the sound of an epoch that is padding.
+        profile: What the batches of an epoch are made of.
     """
 
     def __init__(
@@ -167,16 +185,19 @@ class SpokenBatches:
         seed: int = 0,
         augment: SpecAugment | None = None,
         parts: int = 6,
+        sampler: BucketSampler | None = None,
     ) -> None:
         self.records, self.letters, self.mel = list(records), letters, mel
         self.augment, self.seed, self.size = augment, seed, size
         self.targets = [letters.encode(record.text) for record in self.records]
         seconds = np.array([record.sound.duration_s for record in self.records])
-        buckets = Buckets2D.estimate(seconds, [len(t) for t in self.targets], parts, 1)
-        bucket = buckets.assign(seconds, [len(t) for t in self.targets], strict=False)
-        self.sampler = BucketSampler(bucket, [size] * len(buckets.bounds), seed)
-        epoch = [self.sampler.rows(part) for part in range(self.sampler.parts)]
-        self.padding = padding(seconds, epoch)
+        lengths = [len(t) for t in self.targets]
+        if sampler is None:
+            buckets = Buckets2D.estimate(seconds, lengths, parts, 1)
+            bucket = buckets.assign(seconds, lengths, strict=False)
+            sampler = BucketSampler(bucket, [size] * len(buckets.bounds), seed)
+        self.sampler = sampler
+        self.profile = Profile.of(seconds, lengths, sampler.epoch())
         self.order = np.argsort(seconds, kind="stable")
 
     def batch(self, part: int) -> SpokenBatch:
@@ -199,3 +220,56 @@ class SpokenBatches:
         targets = [self.targets[r] for r in rows]
         lengths = torch.tensor([len(t) for t in targets])
         return SpokenBatch(features, frames, pad_sequence(targets, True), lengths, tuple(rows))
+
+
+def words_wrong(
+    transcribe: Callable[[list[torch.Tensor]], Sequence[str]], records: Sequence[Spoken]
+) -> float:
+    """Word error rate of a recogniser, on what can be heard.
+
+    Args:
+        transcribe: Texts of sounds [N] at 16 kHz.
+        records: Sounds and their texts; 32 of like lengths at a time.
+    """
+    order = sorted(records, key=lambda r: r.sound.duration_s)
+    said: list[str] = []
+    for start in range(0, len(order), 32):
+        said += transcribe([r.sound.at(RATE) for r in order[start : start + 32]])
+    return word_error_rate([heard(r.text) for r in order], [heard(text) for text in said]).rate
+
+
+def rows_by_memory(
+    network: Callable[[], SpeechToText], bounds: Sequence[tuple[float, float]], rows: int, mels: int
+) -> tuple[list[int], float]:
+    """Rows of the batches of every bucket, as many as fit into what some of the longest take.
+
+    Sizes are counted on the meta device: nothing is computed, and they are the same on every
+    machine.
+
+    Args:
+        network: Makes what is trained.
+        bounds: Longest sound in seconds and most tokens of every bucket.
+        rows: How many records of the greatest lengths fill the memory.
+        mels: Bands of the features.
+
+    Returns:
+        Rows of every bucket, and the share of the memory that the largest batch leaves.
+    """
+    with torch.device("meta"):
+        made = network().train()  # dropout keeps something, too
+
+        def step(seconds: float, tokens: float, count: int) -> torch.Tensor:
+            frames = int(seconds * RATE) // HOP + 1
+            target = torch.zeros(count, int(tokens), dtype=torch.int64)
+            logits, log_probs, _ = made(
+                torch.zeros(count, mels, frames), torch.full((count,), frames), target
+            )
+            text = F.cross_entropy(logits.flatten(0, 1), target.flatten())
+            total: torch.Tensor = text + log_probs.sum()
+            return total
+
+        kept = KeptBytes(step)
+        limit = kept(max(i for i, _ in bounds), max(o for _, o in bounds), rows)
+        sizes = batch_sizes(bounds, lambda *of: kept(*of) <= limit, rows)
+        most = max(kept(*bound, size) for bound, size in zip(bounds, sizes, strict=True))
+    return sizes, 1 - most / limit

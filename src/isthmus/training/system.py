@@ -222,8 +222,9 @@ def train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)
         made = system.untrained(settings, data)
+    learner = made.learner(data, plan)
     trainer = Trainer(
-        made.learner(data, plan),
+        learner,
         plan,
         state=None if out is None else out.with_name(f"{out.name}.unfinished.safetensors"),
         metrics=None if out is None else metrics_file(out),
@@ -239,6 +240,8 @@ def train(
         "seed": plan.seed,
         "validation": state.curve,
     }
+    if profile := getattr(learner, "profile", None):  # of batches of like lengths
+        made.record["batches"] = profile.to_dict()
     if out is not None and trainer.fabric.is_global_zero:
         made.save_pretrained(out)
     return made

@@ -15,7 +15,7 @@ from isthmus.decoding.target import HubTarget
 from isthmus.errors import InvalidInputError
 from isthmus.models.encoder_decoder import EncoderDecoder, shifted
 from isthmus.roles import Loss
-from isthmus.training.buckets import Buckets2D, BucketSampler, batch_sizes, padding
+from isthmus.training.buckets import Buckets2D, BucketSampler, Profile, batch_sizes
 from isthmus.training.data import Data, Pair
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -46,7 +46,7 @@ class PairLearner:
         seed: Seed of the order.
 
     Attributes:
-        padding: Share of the source tokens of an epoch that is padding.
+        profile: What the batches of an epoch are made of.
 
     Raises:
         InvalidInputError: A text is longer than the model allows, or than a batch.
@@ -80,8 +80,7 @@ class PairLearner:
         self.sampler = BucketSampler(
             buckets.assign(lengths[:, 0], lengths[:, 1], strict=False), sizes, seed
         )
-        epoch = [self.sampler.rows(part) for part in range(self.sampler.parts)]
-        self.padding = padding(lengths[:, 0], epoch)
+        self.profile = Profile.of(lengths[:, 0], lengths[:, 1], self.sampler.epoch())
 
     def batch(self, part: int) -> Batch:
         """Sources and targets, int64 [B, S] and [B, T], padded."""

@@ -27,7 +27,6 @@ from isthmus.errors import InvalidInputError, IsthmusError
 from isthmus.roles import Codec, Signal
 from isthmus.signals.files import medium_of, open_signal, replaced, save_signal
 from isthmus.training.loop import Progress
-from isthmus.workbench.trained import trained
 
 DEFAULTS = {"audio": "parts/lossless-audio", "image": "parts/lossless-image"}
 """What codes a medium when nobody asks for another codec."""
@@ -181,6 +180,8 @@ def _codec(name: str, model: str | Path | None, report: Callable[[Progress], Non
         made: Codec = system()
         return made
     if model is None:
+        from isthmus.workbench.trained import trained  # a door that trains nothing opens sooner
+
         embedded = next(iter(known(system)), None) if hasattr(system, "embedded") else None
         if embedded is not None:
             ready: Codec = embedded

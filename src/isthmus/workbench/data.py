@@ -6,10 +6,13 @@ Pair(source='9 grudnia 2064 r.', target='2064-12-09')
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from isthmus.errors import InvalidInputError, UnknownNameError
 from isthmus.signals.audio import Recording
@@ -54,9 +57,30 @@ def _spoken(kind: str, count: int = 3000, held_out: int = 200) -> Data[Spoken]:
     return Data(spoken("train", count), spoken("held-out", held_out))
 
 
-def _multi(count: int, held_out: int) -> Data[Translated]:
+def _series(count: int = 3000, held_out: int = 300) -> Data[Spoken]:
+    """Numbers read one after another, each by a voice of its own: 1 to 4, few more often."""
+
+    def spoken(split: speech.Split, number: int) -> list[Spoken]:
+        draw = random.Random(f"series/{split}")
+        sizes = draw.choices(range(1, 5), [1 / k for k in range(1, 5)], k=number)
+        heard = iter(speech.corpus("numbers", split, sum(sizes), seed=1))
+        found = []
+        for size in sizes:
+            each = [next(heard) for _ in range(size)]
+            parts = [each[0].samples]
+            for utterance in each[1:]:
+                pause = torch.zeros(int(draw.uniform(0.1, 0.4) * speech.RATE))
+                parts += [pause, utterance.samples]
+            text = ", ".join(u.line.target for u in each)
+            found.append(Spoken(Recording(samples=torch.cat(parts)), text))
+        return found
+
+    return Data(spoken("train", count), spoken("held-out", held_out))
+
+
+def _translated(kind: str, count: int, held_out: int) -> Data[Translated]:
     def translated(split: speech.Split, number: int) -> list[Translated]:
-        heard = speech.corpus("multi", split, number)
+        heard = speech.corpus(kind, split, number)
         return [
             Translated(Recording(samples=u.samples), u.line.language, u.line.text, u.line.target)
             for u in heard
@@ -111,11 +135,19 @@ SOURCES: dict[str, Source] = {
     "noisy": Source("noisy", lambda: _noisy(400, 24), "speech in white, pink, brown noise and hum"),
     "noisy-few": Source("noisy", lambda: _noisy(40, 4), "a tenth of it"),
     "speech-numbers": Source("spoken", lambda: _spoken("numbers"), "spoken numbers, in words"),
+    "speech-series": Source("spoken", _series, "one to four spoken numbers in a row"),
+    "speech-series-few": Source("spoken", lambda: _series(60, 20), "a few of them"),
     "speech-dates": Source("spoken", lambda: _spoken("dates"), "spoken dates and their ISO form"),
     "speech-sentences": Source("spoken", lambda: _spoken("sentences"), "sentences of 36 words"),
     "speech-few": Source("spoken", lambda: _spoken("sentences", 60, 20), "a few of them"),
-    "speech-multi": Source("translated", lambda: _multi(3000, 200), "days in three languages"),
-    "speech-multi-few": Source("translated", lambda: _multi(60, 20), "a few of them"),
+    "speech-multi": Source(
+        "translated", lambda: _translated("multi", 3000, 200), "days in three languages"
+    ),
+    "speech-multi-few": Source("translated", lambda: _translated("multi", 60, 20), "a few of them"),
+    "speech-dates-said": Source(
+        "translated", lambda: _translated("dates", 4000, 200), "spoken dates, and both forms"
+    ),
+    "speech-dates-few": Source("translated", lambda: _translated("dates", 60, 20), "a few of them"),
 }
 """The data sets by name."""
 

@@ -49,7 +49,7 @@ from isthmus.workbench.data import data as named_data
 from isthmus.workbench.digits import whole
 from isthmus.workbench.trained import trained
 
-BAND = 1 << 16
+BAND = 1 << 14
 """Patches of a frame at most."""
 
 
@@ -222,7 +222,7 @@ class ProbabilisticCircuits(TrainedCodec):
         return side * max(1, BAND // -(-width // side))
 
     def _check(self, info: Mapping[str, Any], error: type[Exception]) -> None:
-        planes, most = info["shape"][0], 1 << 16
+        planes, most = info["shape"][0], BAND
         if planes != self.planes or info["dtype"] not in ("uint8", "uint16"):
             raise error(f"this circuit codes pictures of {self.planes} plane(s), not of {planes}")
         if -(-info["shape"][2] // self.settings.side) > most:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from isthmus.codecs import lossless_audio, lossless_image
 from isthmus.codecs.base import find, ids, lookup, pack, unpack
-from isthmus.codecs.container import Frame, Header
+from isthmus.codecs.container import EMBEDDED, Frame, Header, Reader, write
 from isthmus.codecs.lossless_audio import LosslessAudio
 from isthmus.codecs.lossless_image import LosslessImage
 from isthmus.codecs.rangecoder import Decoder, Encoder
@@ -43,6 +43,38 @@ def test_pictures_keep_the_contract() -> None:
     sizes = [(1, 1, 1), (3, 17, 5), (4, 1, 40), (2, 40, 33), (1, 30, 1), (5, 6, 6)]
     makers = [lambda s=s: picture(*s) for s in sizes]
     check_codec(LosslessImage(), [*makers, lambda: picture(1, 9, 9, 16)])
+
+
+def test_drawings_are_embedded_where_that_is_smaller() -> None:
+    board = (torch.arange(64)[:, None] // 8 + torch.arange(80) // 8) % 2 * 200
+    for planes in (1, 3, 4):
+        pixels = board.to(torch.uint8).expand(planes, -1, -1).contiguous()
+        if planes == 4:
+            pixels[3] = 0  # colours under full transparency come back as well
+        signal = Signal({"medium": "image", "dtype": "uint8", "shape": [planes, 64, 80]}, [pixels])
+        data = packed(signal)
+        assert next(iter(Reader(data))).kind == EMBEDDED
+        assert torch.equal(back(data), pixels)
+        out = io.BytesIO()
+        pack(LosslessImage(drawings=False), Signal(signal.info, [pixels]), out)
+        assert len(out.getvalue()) > len(data) and torch.equal(back(out.getvalue()), pixels)
+
+
+def test_an_embedded_picture_of_another_size_is_refused() -> None:
+    info = {"medium": "image", "dtype": "uint8", "shape": [3, 8, 8]}
+    kinds = [((8, 9), "WEBP", "has the size"), ((8, 8), "PNG", "cannot be read")]
+    kinds.append(((8, 8), "bomb", "cannot be read|has the size"))
+    for size, form, says in kinds:
+        small, out = io.BytesIO(), io.BytesIO()
+        Image.new("RGB", size).save(small, "WEBP" if form == "bomb" else form, lossless=True)
+        if form == "bomb":  # 16,000 by 12,000 pixels, it says
+            raw = bytearray(small.getvalue())
+            raw[21:25] = (15_999 | 11_999 << 14).to_bytes(4, "little")
+            small = io.BytesIO(bytes(raw))
+        header = Header("parts/lossless-image", bytes(32), info, lossless=True)
+        write(out, header, [Frame(small.getvalue(), kind=EMBEDDED, samples=8)])
+        with pytest.raises(BrokenFileError, match=says):
+            back(out.getvalue())
 
 
 def test_sound_keeps_the_contract() -> None:
@@ -115,7 +147,7 @@ def test_long_signals_are_coded_in_pieces(monkeypatch: pytest.MonkeyPatch) -> No
     info = {"medium": "image", "dtype": "uint8", "shape": [3, 45, 21]}
     out = io.BytesIO()
     sizes = pack(LosslessImage(), Signal(info, torch.split(whole, 7, 1)), out)
-    assert sizes.frames == 5 and sizes.samples == 45
+    assert sizes.frames == 12 and sizes.samples == 45
     assert torch.equal(back(out.getvalue()), whole)
     opened = unpack(spans(sound(2, 300), known=True))
     chunks = list(opened.signal.chunks)
@@ -226,8 +258,6 @@ def test_a_file_that_lies_about_its_length() -> None:
         info = {**picture(1, 4, 4).info, "shape": [1, rows, 4]}
         header = Header(codec.id, bytes(32), info, lossless=True)
         out = io.BytesIO()
-        from isthmus.codecs.container import write
-
         write(out, header, [Frame(frame[0].payload, frame[0].check, samples=4)])
         with pytest.raises((BrokenFileError, DesyncError), match=says):
             back(out.getvalue())
