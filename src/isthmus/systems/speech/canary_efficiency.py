@@ -389,7 +389,7 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
         seeds=(told.plan.seed,),
         notes=(
             "a: 20,000 lengths drawn as the card says; memory is four of the longest",
-            f"b: {shown}; the same ear, steps and constant rate; the loss is that which random batches end with",
+            f"b: {shown}; the same ear, steps and constant rate; random batches end with that loss",
             f"c: {len(records.valid)} held-out series of numbers; keys and values are kept; both "
             "arms start from the same ear and take the same steps on the same batches",
         ),
