@@ -104,7 +104,7 @@ def test_version() -> None:
     [
         (["frobnicate"], ["unknown command 'frobnicate'", "to choose from"]),
         (["sistems"], ["did you mean 'systems'?"]),
-        (["bench", "decod"], ["did you mean 'decode'?"]),
+        (["bench", "decod"], ["did you mean 'decode'"]),
         (["systems", "--famly", "speculative"], ["--famly"]),
         (["systems", "--family", "specullative"], ["unknown family 'specullative'"]),
         (["show"], ["SLUG"]),

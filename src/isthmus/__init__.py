@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from isthmus.api import Model, custom_generate, load
+    from isthmus.workbench.coding import decode, encode
 
 __version__ = "0.1.0"
-__all__ = ["Model", "__version__", "custom_generate", "load"]
+__all__ = ["Model", "__version__", "custom_generate", "decode", "encode", "load"]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,4 +18,8 @@ def __getattr__(name: str) -> Any:
         from isthmus import api
 
         return getattr(api, name)
+    if name in ("encode", "decode"):
+        from isthmus.workbench import coding
+
+        return getattr(coding, name)
     raise AttributeError(f"module 'isthmus' has no attribute {name!r}")

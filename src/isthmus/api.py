@@ -11,12 +11,14 @@ True
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from isthmus import registry
 from isthmus.decoding.custom_generate import custom_generate
 from isthmus.decoding.fast import FastTarget, best_target
 from isthmus.decoding.model import Model, drafters
 from isthmus.decoding.target import HubTarget
-from isthmus.errors import UnsupportedModelError
+from isthmus.errors import InvalidInputError, UnsupportedModelError
 from isthmus.models.hub import (
     Checkpoint,
     check_same_vocabulary,
@@ -24,6 +26,7 @@ from isthmus.models.hub import (
     load_checkpoint,
     preferred_dtype,
 )
+from isthmus.training.system import CONFIG, read_config
 from isthmus.workbench import reference
 
 __all__ = ["Model", "custom_generate", "drafters", "load"]
@@ -61,11 +64,36 @@ def load(
         UnsupportedModelError: A model that cannot be decoded with an unchanged output.
         MismatchError: The draft model has another vocabulary.
     """
+    own = _own(str(source))
+    if own is not None:
+        if dtype not in ("auto", "float32") or device not in ("auto", "cpu") or exact:
+            raise InvalidInputError(
+                f"{source} has a network of its own and runs in float32 on the CPU; leave dtype, "
+                "device and exact out"
+            )
+        if draft_model:
+            raise InvalidInputError(f"{source} takes no draft model; leave it out")
+        return own
     checkpoint, target = _load(str(source), dtype, device)
     model = Model(target, checkpoint.tokenizer, exact=exact)
     if draft_model:
         draft, model.draft_model = _load(str(draft_model), dtype, device)
         check_same_vocabulary(draft.tokenizer, checkpoint.tokenizer)
+    return model
+
+
+def _own(source: str) -> Model | None:
+    """What decodes with a trained system whose network is none of transformers, or None."""
+    folder = Path(source)
+    if not source or not (folder / CONFIG).exists() or (folder / "config.json").exists():
+        return None
+    name = read_config(folder)["system"]
+    system: Any = registry.load(name)
+    if not hasattr(system, "model"):
+        raise UnsupportedModelError(
+            f"{source} holds {name}, which writes no text token by token; use: isthmus run {source}"
+        )
+    model: Model = system.from_pretrained(folder).model
     return model
 
 
@@ -97,8 +125,4 @@ def locate(source: str) -> str:
     Args:
         source: As for :func:`load`.
     """
-    if not source:
-        return str(reference.reference(EMBEDDED))
-    if not Path(source).exists() and source in reference.NAMES:
-        return str(reference.reference(source))
-    return source
+    return reference.locate(source or EMBEDDED)

@@ -45,7 +45,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args
 
-from isthmus import __version__
+from isthmus import __version__, folders
 from isthmus.errors import BrokenFileError, InvalidInputError
 
 __all__ = [
@@ -410,7 +410,7 @@ class Ledger:
                 raise IsADirectoryError("it is a folder")
             if self.path.exists() and not os.access(self.path, os.W_OK):
                 raise PermissionError("the file is write-protected")
-            probe = _temporary(self.path)
+            probe = folders.temporary(self.path)
             probe.write_bytes(b"")
             probe.unlink()
         except OSError as error:
@@ -441,10 +441,10 @@ class Ledger:
         # is the one that a later reader of the file gets.
         entry = Entry.from_json(claim.slug, json.loads(json.dumps(measured.to_json())))
         entries = self.read() | {claim.slug: entry}
-        _replace(self.path, dump(entries))
+        folders.replace_text(self.path, dump(entries))
         beside = self.path.with_suffix(".md")
         if beside.exists() and beside != self.path:
-            _replace(beside, render(entries))
+            folders.replace_text(beside, render(entries))
         return entry
 
     def render(self) -> str:
@@ -774,27 +774,6 @@ def _installed(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return ""
-
-
-def _temporary(path: Path) -> Path:
-    """Where a file is written before it takes its name; links are followed and stay links."""
-    path = Path(os.path.realpath(path))
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = _temporary(path)
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(os.path.realpath(path))
-    except OSError as error:
-        raise BrokenFileError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def _plain(value: Any) -> Any:

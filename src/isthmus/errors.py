@@ -10,6 +10,7 @@ means a bug in isthmus. Tree::
     ├── MismatchError         two things that must belong together and do not (vocabularies, ...)
     ├── DeadEnd               bans and constraints leave no token to go on with
     ├── BrokenFileError       a file that is missing, truncated, altered or cannot be written
+    │   └── DesyncError       a sound file that this model decodes to other symbols than were coded
     └── MissingExtraError     an optional dependency is not installed; names the pip command
 """
 
@@ -67,6 +68,10 @@ class DeadEnd(IsthmusError):  # noqa: N818
 
 class BrokenFileError(IsthmusError):
     """A file is missing, truncated, altered, or cannot be written."""
+
+
+class DesyncError(BrokenFileError):
+    """Encoder and decoder disagree on the entropy model: the file is sound, its symbols are not."""
 
 
 class MissingExtraError(IsthmusError, ImportError):

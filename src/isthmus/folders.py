@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,32 @@ def digest(path: Path) -> str:
     """SHA-256 of a file, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def temporary(path: Path) -> Path:
+    """Where a file is written before it takes its name; links are followed and stay links."""
+    path = Path(os.path.realpath(path))
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file as a whole: whoever reads it meanwhile sees the old one.
+
+    Raises:
+        BrokenFileError: It cannot be written.
+    """
+    part = temporary(path)
+    try:
+        with part.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(os.path.realpath(path))
+    except OSError as error:
+        raise BrokenFileError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -10,13 +10,14 @@ The loop in :mod:`isthmus.decoding.engine` is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
 
+    from isthmus.codecs.container import Frame, Header
     from isthmus.decoding.tree import TokenTree
 
 Reach = Literal["tree", "chain", "step"]
@@ -650,4 +651,149 @@ class Streaming(Protocol):
 
     def flush(self, state: Any) -> torch.Tensor:
         """The rest, once no more sound will come."""
+        ...
+
+
+@runtime_checkable
+class FrameScorer(Protocol):
+    """Says what may be written at a frame of a sound after a text; token 0, the blank, reads on.
+
+    Transducers play it. A state is a value that holds one row for each row of the batch. A scorer
+    that does not look at the sound while it reads a text returns the state of ``hear`` unchanged.
+    """
+
+    def start(self, batch: int) -> Any:
+        """The state before the first token and the first frame."""
+        ...
+
+    def hear(self, frames: torch.Tensor, lengths: torch.Tensor, state: Any) -> Any:
+        """The state once frames [B, N, D] have come in, ``lengths`` [B] of them valid."""
+        ...
+
+    def score(self, frames: torch.Tensor, state: Any) -> torch.Tensor:
+        """Log-probabilities [B, N, V] at each of these frames [B, N, D] after the text so far."""
+        ...
+
+    def advance(self, tokens: torch.Tensor, where: torch.Tensor, state: Any) -> Any:
+        """The state after one token more, int64 [B], in the rows ``where`` is True, bool [B]."""
+        ...
+
+
+@runtime_checkable
+class Lens(Protocol):
+    """Looks into something and explains what it does on an input.
+
+    An explanation carries the identities that the lens must satisfy, and counts only where they
+    hold. ``isthmus.testing.check_lens`` holds a lens to it.
+    """
+
+    def open(self, source: str) -> Any:
+        """What is looked into, by the name or folder that a user gives."""
+        ...
+
+    def explain(self, subject: Any, given: str) -> Any:
+        """An :class:`~isthmus.lenses.explanation.Explanation` of what it does with an input."""
+        ...
+
+
+Medium = Literal["audio", "image", "video", "tensor", "bytes"]
+"""What a codec makes small."""
+
+
+@dataclass
+class Signal:
+    """A signal on its way into a codec or out of it: what it is, and its pieces in order.
+
+    ======  ======================================  ============================================
+    medium  ``info``                                a chunk
+    ======  ======================================  ============================================
+    audio   dtype, shape [C, N or None], rate_hz    int32 or float32 [C, n]
+    image   dtype, shape [C, H, W]                  uint8, or int32 for 16 bits, [C, rows, W]
+    video   dtype, shape [T or None, C, H, W],      uint8 [frames, C, H, W]
+            rate (a fraction, ``"25/1"``)
+    tensor  dtype, shape                            the tensor
+    bytes   dtype, shape [N]                        uint8 [n]
+    ======  ======================================  ============================================
+
+    Sound of whole numbers says so by its dtype (``int8``, ``int16``, ``int24``, ``int32``) and has
+    them in int32; sound as ``float32`` lies nominally within [-1, 1]. A length that nobody knows
+    yet is None.
+
+    Attributes:
+        info: ``medium`` and what the table names: integers, strings, lists of integers and None.
+        chunks: The pieces; gone once they have been walked over.
+    """
+
+    info: Mapping[str, Any]
+    chunks: Iterable[torch.Tensor]
+
+    @property
+    def medium(self) -> Medium:
+        """What it is."""
+        medium: Medium = self.info["medium"]
+        return medium
+
+
+@runtime_checkable
+class Codec(Protocol):
+    """A signal becomes frames of bytes, and becomes a signal again.
+
+    ``isthmus.testing.check_codec`` holds a codec to it; :mod:`isthmus.codecs.base` has bases, the
+    look-up by id, and the way into files and back.
+
+    Attributes:
+        id: ``family/slug``.
+        medium: What it codes.
+        lossless: Whether every bit comes back.
+        numerics: ``static``, ``int`` or ``pinned``: what a decoder has to compute alike
+            (:mod:`isthmus.codecs.rangecoder`).
+        fingerprint: 32 bytes that name the model a decoder needs; zeros where it needs none.
+        fields: Names of the parameters, which short headers leave out.
+    """
+
+    @property
+    def id(self) -> str:
+        """See above, as for the next five."""
+        ...
+
+    @property
+    def medium(self) -> Medium: ...  # noqa: D102
+
+    @property
+    def lossless(self) -> bool: ...  # noqa: D102
+
+    @property
+    def numerics(self) -> str: ...  # noqa: D102
+
+    @property
+    def fields(self) -> tuple[str, ...]: ...  # noqa: D102
+
+    @property
+    def fingerprint(self) -> bytes: ...  # noqa: D102
+
+    def parameters(self, info: Mapping[str, Any], rate: float | None = None) -> dict[str, Any]:
+        """What the header has to say besides the signal's own ``info``.
+
+        Args:
+            info: Of the signal.
+            rate: Wanted rate, bits per pixel or kbit/s, of a codec that has a choice.
+
+        Raises:
+            InvalidInputError: A signal that it does not code, or a rate that it does not have.
+        """
+        ...
+
+    def encode(self, signal: Signal, header: Header) -> Iterator[Frame]:
+        """Frames of a signal, each as soon as it is complete."""
+        ...
+
+    def decode(self, header: Header, frames: Iterable[Frame]) -> Iterator[torch.Tensor]:
+        """Chunks of the signal that the header describes.
+
+        Every frame's symbols are shown to :meth:`~isthmus.codecs.container.Frame.verify`.
+
+        Raises:
+            BrokenFileError: Parameters or frames that the codec never writes.
+            DesyncError: Other symbols than were coded.
+        """
         ...

@@ -69,3 +69,15 @@ def test_refusals() -> None:
         LogMel("wisper")  # type: ignore[arg-type]
     with pytest.raises(InvalidInputError, match="from 1 to 10"):
         LogMel()(torch.zeros(2, 10), torch.tensor([0, 10]))
+
+
+def test_features_at_a_fixed_level_need_no_later_sound() -> None:
+    sound = 0.1 * torch.randn(1, 8000, generator=torch.Generator().manual_seed(0))
+    fixed = LogMel("nemo", 40, normalise="fixed")
+    whole, frames = fixed(sound, torch.tensor([8000]))
+    plain, _ = LogMel("nemo", 40, normalise=False)(sound, torch.tensor([8000]))
+    torch.testing.assert_close(4 * whole - 9, plain)
+    early, _ = fixed(sound[:, :4200], torch.tensor([4200]))
+    # frame f reaches 200 samples beyond 160 f
+    torch.testing.assert_close(early[:, :, :26], whole[:, :, :26])
+    assert frames.tolist() == [51]

@@ -11,12 +11,14 @@ import transformers as tf
 
 import isthmus
 from isthmus.cli.main import main
+from isthmus.decoding.shortlist import ShortlistTarget
 from isthmus.signals.tokenizer import learn_tokenizer
 from isthmus.systems.text.marian import Marian
 from isthmus.training.data import Data, Pair
 from isthmus.training.loop import Plan
 from isthmus.training.system import train
 from isthmus.training.text import PairLearner
+from isthmus.workbench.data import data as named_data
 
 
 def call(capsys, *words: str) -> tuple[int, str, str]:
@@ -119,3 +121,47 @@ def test_a_pair_that_is_too_long_is_named():
         isthmus.errors.InvalidInputError, match="301 and 2 tokens is longer than 128"
     ):
         PairLearner(module, tokenizer, data, {})
+
+
+def test_marian_keeps_its_shortlist_in_the_folder(pairs, tmp_path, capsys):
+    out = tmp_path / "short"
+    words = ["train", "marian", "-o", str(out), "--data", str(pairs), "--scale", "test"]
+    words += ["--steps", "3", "--set", "shortlist=4", "--set", "shortlist_first=2"]
+    assert call(capsys, *words)[0] == 0
+    lines = (out / "lexicon.s2t").read_text().splitlines()
+    assert all(len(line.split(" ")) == 3 for line in lines)
+    system = Marian.from_pretrained(out)
+    assert isinstance(system.model.target, ShortlistTarget)
+    source = torch.tensor([system.tokenizer("3 plus 14").input_ids])
+    allowed = system.model.target.shortlist.allowed(source)[0]
+    found = system.model.generate("3 plus 14", max_new_tokens=20)
+    assert 4 < allowed.sum() < 40 and all(allowed[t] for t in found.tokens)
+    code, said, _ = call(capsys, "run", str(out), "3 plus 14", "--json")
+    assert code == 0 and json.loads(said)["text"].startswith(found.text)
+    (out / "lexicon.s2t").write_text("no lexicon\n")
+    code, _, error = call(capsys, "run", str(out), "3 plus 14")
+    assert code == 2 and "lexicon.s2t, line 1" in error
+
+
+def test_an_ensemble_adds_up_log_probabilities_step_by_step(pairs):
+    data = named_data(str(pairs), "pairs")
+    settings = Marian.scales["test"].settings
+    systems = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        systems.append(Marian.untrained(settings, data))
+        systems[-1].module.eval()
+    one, other = (system.model for system in systems)
+    sources = ["3 plus 4", "11 plus 17", "5 plus 19"]
+    options = {"max_new_tokens": 8, "drafter": "none", "ignore_end": True}
+    alone = [g.tokens for g in one.generate(sources, **options)]
+    assert [g.tokens for g in one.generate(sources, fuse=one, **options)] == alone
+    both = [g.tokens for g in one.generate(sources, fuse=other, **options)]
+    for source, found in zip(sources, both, strict=True):
+        ids, text = torch.tensor([systems[0].tokenizer(source).input_ids]), [0]
+        with torch.no_grad():
+            for _ in range(8):
+                laws = (s.module(ids, torch.tensor([text]))[0, -1] for s in systems)
+                text.append(int(sum(law.log_softmax(-1) for law in laws).argmax()))
+        assert found == text[1:]
+    assert both != alone

@@ -48,6 +48,22 @@ app.command(
     help="Run a trained system: a text, a sound or a picture in, what it makes of it out.",
 )
 app.command(
+    "isthmus.cli.explain:explain",
+    name="explain",
+    help="Look into a model with a lens: what it does on an input, checked and drawn.",
+)
+app.command(
+    "isthmus.cli.codec:encode",
+    name="encode",
+    help="Make a file of sound or a picture small: an .ist file.",
+)
+app.command(
+    "isthmus.cli.codec:decode", name="decode", help="Turn an .ist file into sound or a picture."
+)
+app.command(
+    "isthmus.cli.codec:inspect", name="inspect", help="Say what is in an .ist file, and check it."
+)
+app.command(
     "isthmus.cli.train:export",
     name="export",
     help="Write a trained drafter in a format that a serving engine loads.",
@@ -75,6 +91,11 @@ bench.command(
     "isthmus.cli.bench:decode",
     name="decode",
     help="Decoding: isthmus against transformers' own generation, same model and prompts.",
+)
+bench.command(
+    "isthmus.cli.codec:bench",
+    name="codec",
+    help="Codecs on your own pictures or sounds: rate, distortion and time.",
 )
 bench.command(
     "isthmus.cli.bench:family",
@@ -111,7 +132,19 @@ bench.command(
     name="train",
     help="Training: the loop of isthmus beside the Trainer of transformers.",
 )
+bench.command(
+    "isthmus.cli.bench_translate:translate",
+    name="translate",
+    help="Translation engines on the same model: speed at equal output.",
+)
 app.command(bench)
+law = App(name="law", help="Scaling laws: how a loss falls with sizes.")
+law.command(
+    "isthmus.cli.law:fit",
+    name="fit",
+    help="Fit a law to a table of runs, test it on the largest, and predict larger ones.",
+)
+app.command(law)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -131,7 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except UnknownCommandError as error:
         # Its own message would import every command to look for a near name.
-        within = bench if error.command_chain else app
+        groups = {"bench": bench, "law": law}
+        within = groups.get((error.command_chain or ("",))[0], app)
         known = [name for name in within if not name.startswith("-")]
         print_error(UnknownNameError("command", (error.unused_tokens or [""])[0], known))
         return 2

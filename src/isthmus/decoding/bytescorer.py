@@ -146,8 +146,7 @@ class ByteScorer:
         begin = model.tokenizer.eos_token_id if begin is None else begin
         if begin is None:
             raise InvalidInputError("the tokenizer has no token that begins or ends a text")
-        ends = model.target.model.generation_config.eos_token_id
-        ends = [ends] if isinstance(ends, int) else list(ends or ())
+        ends = model.target.end_tokens
         return cls(model.target, ByteVocab(model.tokenizer), [begin], ends, **options)  # type: ignore[arg-type]
 
     def logp(self, text: bytes) -> float:

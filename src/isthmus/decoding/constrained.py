@@ -117,7 +117,8 @@ class Constrained(Walk[State]):
 
     def binds(self, context: Context) -> bool:
         """Whether any row is under a constraint that it has not fulfilled yet."""
-        rows = range(context.batch)
+        # who is free stays free
+        rows = (b for b, r in enumerate(context.requests) if self._states[r][1] is not FREE)
         return any(self.at_root(context, b).mask is not None for b in rows)
 
     def prune(self, tree: TokenTree, context: Context) -> TokenTree:

@@ -291,7 +291,7 @@ def _fingerprint(target: HubTarget) -> str:
     device = target.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     parts = (
-        target.model.config.to_json_string(use_diff=False),
+        target.description,
         type(target).__name__ + getattr(target, "weights", ""),
         str(target.dtype),
         str(device),

@@ -427,7 +427,10 @@ class _Loop:
             kept = request.stopper.cut(request.result.tokens, new)
             new = new[:kept]
             n = context.lengths[b]
-            ids[b, n : n + kept] = new
+            if kept == 1:  # a slice costs as much as all else here
+                ids[b, n] = new[0]
+            else:
+                ids[b, n : n + kept] = new
             context.lengths[b] = n + kept
             keep.append(kept)  # the root and all but the last of the new tokens
             cut = cut or kept < depth

@@ -132,7 +132,11 @@ class FastTarget(HubTarget):
             if self.weights:
                 self.to_int8()
         self.check_inputs(inputs)
-        return FastSession(self, batch, self.encode(**inputs) if inputs else {})
+        return self.opened(batch, self.encode(**inputs) if inputs else {})
+
+    def opened(self, batch: int, encoded: dict[str, Any]) -> FastSession:
+        """A session of this target's kind."""
+        return FastSession(self, batch, encoded)
 
     @torch.no_grad()
     def encode(self, **inputs: Any) -> dict[str, Any]:
@@ -212,9 +216,12 @@ class FastSession(SlotSession):
 
     target: FastTarget
     source: Stored | None = None
+    origins: Sequence[int] = ()
+    """Which source each row reads: rows of one number have the same."""
 
     def __init__(self, target: FastTarget, batch: int, encoded: dict[str, Any]) -> None:
         super().__init__(target, batch, encoded)
+        self.origins = range(batch)
         if encoded:
             self.source = target.source(encoded)
 
@@ -258,16 +265,19 @@ class FastSession(SlotSession):
     def fork(self, rows: Sequence[int]) -> SlotSession:
         """Copies of the given rows."""
         twin = super().fork(rows)
-        if self.source is not None and isinstance(twin, FastSession):
-            index, old = torch.tensor(list(rows)), self.source
-            twin.source = Stored(
-                old.keys.index_select(1, index),
-                old.values.index_select(1, index),
-                old.used,
-                old.lengths[index],
-                None if old.live is None else old.live[index],
-            )
+        assert isinstance(twin, FastSession)
+        twin.origins = [self.origins[row] for row in rows]
+        if self.source is not None:
+            twin.source = chosen_sources(self.source, rows)
         return twin
+
+    def reorder(self, rows: Sequence[int]) -> None:
+        """Put the rows into another order; see :meth:`SlotSession.reorder`."""
+        super().reorder(rows)
+        origins = [self.origins[row] for row in rows]
+        if self.source is not None and origins != list(self.origins):  # in a search, they are alike
+            self.source = chosen_sources(self.source, rows)
+        self.origins = origins
 
     def join(self, other: Session) -> SlotSession:
         """Copies of the rows of both sessions, this one's first.
@@ -276,10 +286,25 @@ class FastSession(SlotSession):
             MismatchError: The other session is that of another target.
         """
         twin = super().join(other)
-        if self.source is not None and isinstance(twin, FastSession):
-            assert isinstance(other, FastSession) and other.source is not None
+        assert isinstance(twin, FastSession) and isinstance(other, FastSession)
+        above = max(self.origins, default=-1) + 1
+        twin.origins = [*self.origins, *(above + origin for origin in other.origins)]
+        if self.source is not None:
+            assert other.source is not None
             twin.source = join_sources(self.source, other.source)
         return twin
+
+
+def chosen_sources(stored: Stored, rows: Sequence[int]) -> Stored:
+    """Copies of the given rows."""
+    index = torch.tensor(list(rows))
+    return Stored(
+        stored.keys.index_select(1, index),
+        stored.values.index_select(1, index),
+        stored.used,
+        stored.lengths[index],
+        None if stored.live is None else stored.live[index],
+    )
 
 
 def join_sources(first: Stored, second: Stored) -> Stored:

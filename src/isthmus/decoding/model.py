@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -33,7 +33,7 @@ from isthmus.decoding.strategies import Pieces, Strategy, choose, law_options
 from isthmus.decoding.target import HubTarget
 from isthmus.decoding.trained import read_config
 from isthmus.errors import DeadEnd, InvalidInputError, UnknownNameError
-from isthmus.roles import Acceptance, Policy, Reshape, Shape
+from isthmus.roles import Acceptance, Policy, Reshape, Shape, Target
 
 Wanted = Spec | Mapping[str, Any]
 """A constraint as callers give it; a mapping is a JSON Schema."""
@@ -94,6 +94,8 @@ class Model:
         fast: bool = True,
     ) -> None:
         self.target = _target(model, fast)
+        if exact and not isinstance(self.target, HubTarget):
+            raise InvalidInputError("exact mode is for models of transformers; leave it out")
         if exact and not isinstance(self.target, FastTarget):  # which is exact as it is
             self.target = ExactTarget(self.target.model)
         self.tokenizer = tokenizer
@@ -715,8 +717,7 @@ class Model:
         return Request(start, stopper, result)
 
     def _ends(self, ignore_end: bool) -> tuple[int, ...]:
-        ends = self.target.model.generation_config.eos_token_id
-        return () if ignore_end else tuple(as_list(ends))
+        return () if ignore_end else self.target.end_tokens
 
     def compile(self, constraint: Wanted, *, ignore_end: bool = False) -> Grammar:
         """A constraint for this model's vocabulary, compiled now or before.
@@ -820,8 +821,8 @@ class _Job:
 
 
 def _target(model: Any, fast: bool) -> HubTarget:
-    if isinstance(model, HubTarget):
-        return model
+    if isinstance(model, Target):  # what the engine asks of one; its other users want a HubTarget
+        return cast(HubTarget, model)
     return best_target(model) if fast else HubTarget(model)
 
 

@@ -342,7 +342,8 @@ static inline void put(float *y, int64_t ys, int64_t R, int64_t nodes, __m512 fo
 /* y [nodes, 4 or fewer] = C pairs of nodes times R rows; see BLOCK. */
 #define WIDE_BLOCK(NAME, PART, P, R, C)                                                          \
   static inline void NAME##_wide_##R##x##C(const float *x, int64_t K, const char *w, float *y,   \
-                                           int64_t ys, int64_t nodes, int64_t ahead,             \
+                                           int64_t ys, int64_t nodes, const char *next,          \
+                                           int64_t fetched,                                      \
                                            int64_t from, int64_t to, float *open) {              \
     const int64_t row = K * 4 / P;                                                               \
     wf a[C + 1][4];                                                                              \
@@ -352,8 +353,7 @@ static inline void put(float *y, int64_t ys, int64_t R, int64_t nodes, __m512 fo
     for (int64_t k = from * 4 / P; k < to * 4 / P; k += LANES * 4) {                             \
       wi packed[R];                                                                              \
       UNROLL for (int r = 0; r < R; r++) packed[r] = both(w + r * row + k);                      \
-      if (ahead)                                                                                 \
-        UNROLL for (int r = 0; r < R; r++) __builtin_prefetch(w + r * row + k + ahead);          \
+      for (int64_t i = 0; i < fetched; i++) __builtin_prefetch(next + i * row + k);              \
       UNROLL for (int p = 0; p < P; p++) {                                                       \
         wf part[R];                                                                              \
         UNROLL for (int r = 0; r < R; r++) part[r] = PART(packed[r], p);                         \
@@ -379,15 +379,17 @@ static inline void put(float *y, int64_t ys, int64_t R, int64_t nodes, __m512 fo
     }                                                                                            \
   }
 
+/* Blocks of some nodes share the rows that they fetch: one each of a group, if there are as many. */
 #define WIDE_ROWS(NAME, C)                                                                       \
   case C:                                                                                        \
     for (; r + 4 <= end; r += 4) {                                                               \
-      int64_t ahead = N <= FEW ? 4 * row : N <= SOME && (r - g) / 4 % tiles == t ? group * row : 0; \
-      NAME##_wide_4x##C(x + 2 * n * K, K, w + r * row, y + 2 * n * ys + r, ys, N - 2 * n, ahead, \
-                        from, to, open + (r - g) * C * 2 * LANES);                               \
+      int64_t fetched = N <= FEW ? 4 : N <= SOME ? (4 + tiles - 1) / tiles : 0;                  \
+      const char *next = w + (N <= FEW ? r + 4 : end + (t * 2 + (r - g) / 4) * fetched) * row;   \
+      NAME##_wide_4x##C(x + 2 * n * K, K, w + r * row, y + 2 * n * ys + r, ys, N - 2 * n, next,  \
+                        fetched, from, to, open + (r - g) * C * 2 * LANES);                      \
     }                                                                                            \
     for (; r < end; r++)                                                                         \
-      NAME##_wide_1x##C(x + 2 * n * K, K, w + r * row, y + 2 * n * ys + r, ys, N - 2 * n, 0,     \
+      NAME##_wide_1x##C(x + 2 * n * K, K, w + r * row, y + 2 * n * ys + r, ys, N - 2 * n, w, 0,  \
                         from, to, open + (r - g) * C * 2 * LANES);                               \
     break;
 

@@ -132,6 +132,18 @@ class HubTarget:
         self._prepare()
         self.reach: Reach = reach or verified_reach(self)
 
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """Tokens that end a text, as the model's generation config has them now."""
+        ends = self.model.generation_config.eos_token_id
+        return () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
+
+    @property
+    def description(self) -> str:
+        """What its speed depends on, besides the machine."""
+        said: str = self.model.config.to_json_string(use_diff=False)
+        return said
+
     def _prepare(self) -> None:
         """Make ready what sessions need, before the first one is opened."""
 

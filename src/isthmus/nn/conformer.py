@@ -11,6 +11,9 @@ After Gulati et al., 2020 (arXiv 2005.08100), Rekesh et al., "Fast Conformer", 2
 2305.05084) and Kim et al., "E-Branchformer", 2022 (arXiv 2210.00077). Parameters are named as in
 transformers' ``ParakeetEncoder``, whose weights load by :func:`from_parakeet`. Frames beyond the
 length of a row change nothing within it.
+
+For streams a conformer is causal: its convolutions reach back only, and attention, in chunks of a
+given number of frames, reaches to the end of the chunk.
 """
 
 from __future__ import annotations
@@ -39,6 +42,17 @@ def valid_mask(lengths: torch.Tensor, size: int) -> torch.Tensor:
         [[True, False], [True, True]]
     """
     return torch.arange(size, device=lengths.device) < lengths[:, None]
+
+
+def chunk_mask(length: int, chunk: int, device: torch.device | None = None) -> torch.Tensor:
+    """True where the key is not in a later chunk than the query, bool [T, T].
+
+    Example:
+        >>> chunk_mask(4, 2).int().tolist()
+        [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
+    """
+    number = torch.arange(length, device=device) // chunk
+    return number[:, None] >= number
 
 
 def relative_positions(length: int, width: int, like: torch.Tensor) -> torch.Tensor:
@@ -116,21 +130,26 @@ class Convolution(nn.Module):
         width: D.
         kernel: Odd.
         norm: ``layer``, or ``batch`` as published, whose statistics see the padding.
+        causal: Whether it reaches back only.
     """
 
-    def __init__(self, width: int, kernel: int = 9, norm: Norm = "layer") -> None:
+    def __init__(
+        self, width: int, kernel: int = 9, norm: Norm = "layer", *, causal: bool = False
+    ) -> None:
         super().__init__()
         if kernel % 2 == 0:
             raise InvalidInputError(f"the kernel is odd, got {kernel}")
+        self.before = kernel - 1 if causal else 0
         self.pointwise_conv1 = nn.Conv1d(width, 2 * width, 1)
-        self.depthwise_conv = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=width)
+        padding = 0 if causal else kernel // 2
+        self.depthwise_conv = nn.Conv1d(width, width, kernel, padding=padding, groups=width)
         self.norm = nn.BatchNorm1d(width) if norm == "batch" else nn.LayerNorm(width)
         self.pointwise_conv2 = nn.Conv1d(width, width, 1)
 
     def forward(self, x: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         """[B, T, D] to the same; ``valid`` is bool [B, T]."""
         h = F.glu(self.pointwise_conv1(x.transpose(1, 2)), 1)
-        h = self.depthwise_conv(h.masked_fill(~valid[:, None], 0.0))
+        h = self.depthwise_conv(F.pad(h.masked_fill(~valid[:, None], 0.0), (self.before, 0)))
         if isinstance(self.norm, nn.BatchNorm1d):
             h = self.norm(h)
         else:
@@ -149,6 +168,7 @@ class ConformerBlock(nn.Module):
         inner: Width within the feed-forwards; 4 D when 0.
         norm: See :class:`Convolution`.
         dropout: Behind every part.
+        causal: Whether the convolution reaches back only.
     """
 
     def __init__(
@@ -159,12 +179,14 @@ class ConformerBlock(nn.Module):
         inner: int = 0,
         norm: Norm = "layer",
         dropout: float = 0.1,
+        *,
+        causal: bool = False,
     ) -> None:
         super().__init__()
         inner, self.dropout = inner or 4 * width, dropout
         self.feed_forward1 = FeedForward(width, inner, "silu", dropout=dropout)
         self.self_attn = RelativeAttention(width, heads, dropout)
-        self.conv = Convolution(width, kernel, norm)
+        self.conv = Convolution(width, kernel, norm, causal=causal)
         self.feed_forward2 = FeedForward(width, inner, "silu", dropout=dropout)
         self.norm_feed_forward1, self.norm_self_att = nn.LayerNorm(width), nn.LayerNorm(width)
         self.norm_conv, self.norm_feed_forward2 = nn.LayerNorm(width), nn.LayerNorm(width)
@@ -269,17 +291,28 @@ class Subsampling(nn.Module):
         width: D.
         factor: 2, 4, 8 ...
         channels: Of the convolutions.
+        causal: Whether they reach back only: frame t sees no further than frame ``factor t``.
     """
 
-    def __init__(self, mels: int, width: int, factor: int = 8, channels: int = 256) -> None:
+    def __init__(
+        self,
+        mels: int,
+        width: int,
+        factor: int = 8,
+        channels: int = 256,
+        *,
+        causal: bool = False,
+    ) -> None:
         super().__init__()
+        self.causal = causal
         halvings = int(math.log2(factor)) if factor > 1 else 0
         if 2**halvings != factor or not halvings:
             raise InvalidInputError(f"subsampling is by 2, 4, 8 ..., got {factor}")
-        layers: list[nn.Module] = [nn.Conv2d(1, channels, 3, 2, 1), nn.ReLU()]
+        pad = 0 if causal else 1, 1  # of time, of frequency
+        layers: list[nn.Module] = [nn.Conv2d(1, channels, 3, 2, pad), nn.ReLU()]
         for _ in range(halvings - 1):
             layers += [
-                nn.Conv2d(channels, channels, 3, 2, 1, groups=channels),
+                nn.Conv2d(channels, channels, 3, 2, pad, groups=channels),
                 nn.Conv2d(channels, channels, 1),
                 nn.ReLU(),
             ]
@@ -302,6 +335,8 @@ class Subsampling(nn.Module):
         h = features * valid_mask(frames, features.shape[2])[:, None]
         h = h.transpose(1, 2)[:, None]  # [B, 1, F, M]
         for layer in self.layers:
+            if self.causal and isinstance(layer, nn.Conv2d) and layer.stride[0] == 2:
+                h = F.pad(h, (0, 0, 2, 0))
             h = layer(h)
             if isinstance(layer, nn.Conv2d):
                 if layer.stride[0] == 2:
@@ -326,10 +361,13 @@ class Conformer(nn.Module):
         norm: ``layer`` or ``batch``, of ``conformer``.
         dropout: Behind every part.
         scale_input: Whether what enters the first block is multiplied by sqrt(D), as in NeMo.
+        causal: Whether convolutions reach back only; of ``conformer``.
+        chunk: Frames behind the subsampling that attention sees at once, with all before them; 0
+            is all frames.
 
     Raises:
         UnknownNameError: There is no such block.
-        InvalidInputError: Sizes do not fit.
+        InvalidInputError: Sizes do not fit, or an ``e-branchformer`` is to be causal.
     """
 
     def __init__(
@@ -347,15 +385,21 @@ class Conformer(nn.Module):
         norm: Norm = "layer",
         dropout: float = 0.1,
         scale_input: bool = False,
+        causal: bool = False,
+        chunk: int = 0,
     ) -> None:
         super().__init__()
         if block not in ("conformer", "e-branchformer"):
             raise UnknownNameError("block", block, ("conformer", "e-branchformer"))
-        self.width, self.dropout = width, dropout
+        if chunk < 0 or (causal and block != "conformer"):
+            raise InvalidInputError(
+                f"a chunk has 0 frames or more, got {chunk}, and only a conformer may be causal"
+            )
+        self.width, self.dropout, self.chunk = width, dropout, chunk
         self.scale = math.sqrt(width) if scale_input else 1.0
-        self.subsampling = Subsampling(mels, width, factor, channels)
+        self.subsampling = Subsampling(mels, width, factor, channels, causal=causal)
         self.layers = nn.ModuleList(
-            ConformerBlock(width, heads, kernel, inner, norm, dropout)
+            ConformerBlock(width, heads, kernel, inner, norm, dropout, causal=causal)
             if block == "conformer"
             else EBranchformerBlock(width, heads, kernel, inner, dropout)
             for _ in range(depth)
@@ -387,6 +431,8 @@ class Conformer(nn.Module):
         positions = relative_positions(x.shape[1], self.width, x)
         valid = valid_mask(lengths, x.shape[1])
         mask = valid[:, None, None] & valid[:, None, :, None]
+        if self.chunk:
+            mask = mask & chunk_mask(x.shape[1], self.chunk, x.device)
         for number, layer in enumerate(self.layers, 1):
             x = layer(x, positions, mask, valid)
             if between is not None:

@@ -15,6 +15,9 @@ Style = Literal["whisper", "nemo"]
 
 RATE, HOP = 16_000, 160
 
+LEVEL, SPREAD = -9.0, 4.0
+"""Mean and deviation of log-mel bands of the workbench's speech, ``nemo``, roughly."""
+
 
 @lru_cache(maxsize=8)
 def mel_filters(n_mels: int, n_fft: int, rate: int = RATE) -> torch.Tensor:
@@ -42,13 +45,14 @@ class LogMel:
 
     ``whisper``: power through the filters, log10, at most 8 below the utterance's maximum, shifted
     to about [-1, 1]; sound is padded to 30 s where asked. ``nemo``: pre-emphasis, natural log, and
-    every band at mean 0 and deviation 1 over the utterance unless ``normalise`` is off, as streams
-    need it.
+    every band at mean 0 and deviation 1 over the utterance unless ``normalise`` says otherwise, as
+    streams need it.
 
     Args:
         style: ``whisper`` or ``nemo``.
         n_mels: Bands M.
-        normalise: ``nemo`` only: whether bands are normalised over the utterance.
+        normalise: ``nemo`` only: whether bands are normalised over the utterance; ``fixed`` brings
+            them near mean 0 and deviation 1 by two constants, which needs no utterance.
 
     Raises:
         UnknownNameError: There is no such style.
@@ -59,7 +63,9 @@ class LogMel:
         (torch.Size([2, 80, 101]), [101, 51])
     """
 
-    def __init__(self, style: Style = "nemo", n_mels: int = 80, *, normalise: bool = True) -> None:
+    def __init__(
+        self, style: Style = "nemo", n_mels: int = 80, *, normalise: bool | Literal["fixed"] = True
+    ) -> None:
         if style not in ("whisper", "nemo"):
             raise UnknownNameError("style of features", style, ("whisper", "nemo"))
         self.style, self.n_mels, self.normalise = style, n_mels, normalise
@@ -122,7 +128,9 @@ class LogMel:
         log = (filters @ power + 2**-24).log()  # [B, M, F]
         frames = lengths // HOP + 1
         valid = (torch.arange(log.shape[2], device=log.device) < frames[:, None])[:, None]
-        if self.normalise:
+        if self.normalise == "fixed":
+            log = (log - LEVEL) / SPREAD
+        elif self.normalise:
             count = frames[:, None, None]
             mean = (log * valid).sum(2, keepdim=True) / count
             square = ((log - mean).square() * valid).sum(2, keepdim=True)

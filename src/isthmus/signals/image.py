@@ -40,6 +40,15 @@ class Pictured(Protocol):
 
 
 @runtime_checkable
+class Exact(Pictured, Protocol):
+    """A record that has every value of a picture as it is in its file."""
+
+    def pixels(self) -> Tensor:
+        """The values, uint8 [C, H, W], or int32 for 16 bits."""
+        ...
+
+
+@runtime_checkable
 class Masked(Pictured, Protocol):
     """A record that has a picture and a class for each of its pixels."""
 
@@ -57,6 +66,10 @@ class PictureFile:
     def picture(self) -> Tensor:
         """The picture, uint8 [3, H, W]."""
         return read_image(self.path)
+
+    def pixels(self) -> Tensor:
+        """Every value as it is, [C, H, W]; see :func:`read_pixels`."""
+        return read_pixels(self.path)
 
 
 @dataclass(frozen=True)
@@ -94,6 +107,85 @@ def read_image(path: str | Path) -> Tensor:
         elif image.mode.startswith("I;16") or image.mode == "I":
             image = image.point(lambda v: v / 256).convert("L")
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+
+
+def read_pixels(path: str | Path, *, deep: bool = True) -> Tensor:
+    """Read every value of a picture: grey or RGB, with alpha where the file has it.
+
+    Palettes are looked up, and the orientation that a camera noted is applied; colours of other
+    spaces become RGB.
+
+    Args:
+        path: A file of any format that Pillow knows.
+        deep: Whether 16-bit grey stays what it is; else it becomes 8 bits.
+
+    Returns:
+        uint8 [C, H, W], or int32 for 16 bits.
+
+    Raises:
+        BrokenFileError: It is missing, no picture, cut short, or claims to be huge.
+        InvalidInputError: It has values that are no whole numbers of 16 bits.
+    """
+    with _opened(path) as image:
+        image = require("PIL.ImageOps", "codec").exif_transpose(image)
+        if image.mode.startswith("I") or image.mode == "F":
+            values = np.array(image)
+            if image.mode == "F" or values.min() < 0 or values.max() > 0xFFFF:
+                raise InvalidInputError(f"{path} has values beyond 16 bits; store 8 or 16 bits")
+            grey = torch.from_numpy(values.astype(np.int32))[None]
+            return grey if deep else (grey >> 8).to(torch.uint8)
+        clear = "transparency" in image.info
+        if image.mode == "1":
+            image = image.convert("L")
+        elif image.mode == "P" or clear:
+            image = image.convert("RGBA" if clear else "RGB")
+        elif image.mode == "PA":
+            image = image.convert("RGBA")
+        elif image.mode not in ("L", "LA", "RGB", "RGBA"):
+            image = image.convert("RGB")
+        pixels = torch.from_numpy(np.array(image))
+        return (pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)).contiguous()
+
+
+def write_pixels(path: str | Path, pixels: Tensor, name: str = "") -> None:
+    """Write every value of a picture in the format of the file's suffix.
+
+    Args:
+        path: The file.
+        pixels: uint8 [C, H, W], C from 1 to 4, or int32 [1, H, W] of 16 bits.
+        name: What messages call the file.
+
+    Raises:
+        InvalidInputError: The format has no alpha, no 16 bits, or is unknown.
+        OSError: The file cannot be written.
+    """
+    path, name = Path(path), name or str(path)
+    kind, planes = path.suffix.lower(), len(pixels)
+    flat = kind in (".jpg", ".jpeg", ".bmp", ".ppm")
+    if planes in (2, 4) and flat:
+        raise InvalidInputError(f"{name}: {kind} has no alpha; write .png or .webp")
+    if not 1 <= planes <= 4 or (pixels.dtype != torch.uint8 and planes > 1):
+        raise InvalidInputError(
+            f"{planes} planes of {pixels.dtype} are no picture; 1 to 4 planes of 8 bits, or one of "
+            "16, are"
+        )
+    values: Any = pixels.permute(1, 2, 0).cpu().numpy()
+    if planes == 1:
+        values = values[..., 0]
+    if pixels.dtype != torch.uint8:
+        if kind not in (".png", ".tif", ".tiff"):
+            raise InvalidInputError(f"{name}: {kind} has no 16 bits; write .png")
+        values = values.astype(np.uint16)
+    how: dict[str, Any] = {"lossless": True, "exact": True} if kind == ".webp" else {}
+    if kind in (".jpg", ".jpeg"):
+        how = {"quality": 95, "subsampling": 0}
+    image = require("PIL.Image", "codec").fromarray(np.ascontiguousarray(values))
+    try:
+        image.save(path, **how)
+    except ValueError as error:
+        raise InvalidInputError(
+            f"{name} has no suffix of a picture; use one of {', '.join(SUFFIXES)}"
+        ) from error
 
 
 def read_mask(path: str | Path) -> Tensor:
@@ -194,6 +286,36 @@ def resize(picture: Tensor, size: tuple[int, int]) -> Tensor:
         return kept[0, 0].to(picture.dtype)
     small = F.interpolate(picture[None].float(), size=size, mode="bilinear", antialias=True)
     return small[0].round().clamp(0, 255).to(picture.dtype)
+
+
+def tiles(picture: Tensor, side: int) -> Tensor:
+    """A picture cut into squares, its last rows and columns repeated up to whole ones.
+
+    Args:
+        picture: [C, H, W].
+        side: Side of a square.
+
+    Returns:
+        [B, C side side], squares in raster order.
+
+    Example:
+        >>> tiles(torch.arange(6).view(1, 2, 3), 2).tolist()
+        [[0, 1, 3, 4], [2, 2, 5, 5]]
+    """
+    down, across = -picture.shape[1] % side, -picture.shape[2] % side
+    picture = torch.cat([picture, picture[:, -1:].expand(-1, down, -1)], 1)
+    picture = torch.cat([picture, picture[..., -1:].expand(-1, -1, across)], 2)
+    planes, height, width = picture.shape
+    grid = picture.reshape(planes, height // side, side, width // side, side)
+    return grid.permute(1, 3, 0, 2, 4).reshape(-1, planes * side * side).contiguous()
+
+
+def untiled(squares: Tensor, shape: tuple[int, int, int], side: int) -> Tensor:
+    """The picture [C, H, W] of that shape whose squares :func:`tiles` has cut."""
+    planes, height, width = shape
+    down, across = -(-height // side), -(-width // side)
+    grid = squares.view(down, across, planes, side, side).permute(2, 0, 3, 1, 4)
+    return grid.reshape(planes, down * side, across * side)[:, :height, :width].contiguous()
 
 
 @contextlib.contextmanager

@@ -1,14 +1,20 @@
-"""Subword tokenizers of encoder-decoders, learnt from texts."""
+"""Tokenizers of our own: subwords learnt from texts, and plain bytes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from isthmus.errors import InvalidInputError
+
+END_ID, FIRST_BYTE = 1, 2
+"""Ids of a text's end and of byte 0 in a tokenizer of bytes."""
 
 PAD, END = "<pad>", "</s>"
 """Special tokens, ids 0 and 1: padding, which begins a decoder's text, and the end of a text."""
@@ -72,3 +78,51 @@ def learn_tokenizer(
         clean_up_tokenization_spaces=False,
     )
     return made  # type: ignore[no-any-return]
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are the bytes of UTF-8; nothing is put at the end of a text.
+
+    Byte b has the id ``b + FIRST_BYTE``, after :data:`PAD` and :data:`END`.
+
+    Example:
+        >>> tokenizer = byte_tokenizer()
+        >>> ids = tokenizer("né").input_ids
+        >>> bytes(i - FIRST_BYTE for i in ids).decode(), tokenizer.decode(ids)
+        ('né', 'né')
+    """
+    letters = bytes_to_unicode()
+    names = [PAD, END, *(letters[byte] for byte in range(256))]
+    backend = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    made: Any = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=END,
+        pad_token=PAD,
+        clean_up_tokenization_spaces=False,
+    )
+    return made  # type: ignore[no-any-return]
+
+
+def stream(texts: Sequence[str]) -> torch.Tensor:
+    """Bytes of texts, each with its end, int16 [N].
+
+    Raises:
+        InvalidInputError: A text holds half a character (a lone surrogate).
+
+    Example:
+        >>> (stream(["ab", "c"]) - FIRST_BYTE).tolist() == [97, 98, -1, 99, -1]
+        True
+    """
+    parts = []
+    for text in texts:
+        try:
+            known = np.frombuffer(text.encode(), np.uint8)
+        except UnicodeEncodeError as error:
+            raise InvalidInputError(
+                f"a text cannot be written in UTF-8 ({error.reason}): "
+                f"{text[max(0, error.start - 10) : error.start + 10]!a}; mend it or leave it out"
+            ) from error
+        parts += [known.astype(np.int16) + FIRST_BYTE, np.array([END_ID], np.int16)]
+    return torch.from_numpy(np.concatenate(parts))

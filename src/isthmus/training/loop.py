@@ -50,7 +50,8 @@ class Plan:
 
     Attributes:
         steps: Optimiser steps.
-        optimizer: ``adamw``, ``adam``, ``adamw-scale``, ``adafactor``, ``adadelta`` or ``sgd``.
+        optimizer: ``adamw``, ``adam``, ``adamw-scale``, ``adafactor``, ``adadelta``, ``sgd`` or
+            ``em``.
         learning_rate: Its peak.
         schedule: ``cosine``, ``linear``, ``constant``, ``inverse-sqrt`` or another of
             :data:`~isthmus.training.schedules.SCHEDULES`.

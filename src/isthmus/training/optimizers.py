@@ -1,4 +1,4 @@
-"""Optimisers by name: torch's own, and AdamW with steps scaled by each matrix (nanoT5)."""
+"""Optimisers by name: torch's own, AdamW with steps scaled by each matrix (nanoT5), and EM."""
 
 from __future__ import annotations
 
@@ -86,6 +86,59 @@ class AdamWScale(torch.optim.Optimizer):
         return loss
 
 
+class Em(torch.optim.Optimizer):
+    """Expectation maximisation of tables of probabilities, kept as their logarithms.
+
+    The gradient of a log-likelihood by the logarithm of a probability is the expected count of its
+    use. So with ``- log p(record)`` as the loss, and rows of log-probabilities as parameters that
+    the model takes as they are, ``-grad`` are expected counts per record, and a step is
+    ``p <- (1 - lr) p + lr (counts + a / K) / (total + a)``: at a rate of 1 the whole of EM, below
+    it the smoothed step for batches.
+
+    Args:
+        params: Log-probabilities; their last dimension sums to one after every step.
+        lr: Share of the new estimate, at most 1.
+        betas: Not used.
+        weight_decay: Pseudo-count a of a row, per record.
+
+    Raises:
+        InvalidInputError: The rate is not within 0 and 1.
+
+    Example:
+        >>> p = nn.Parameter(torch.tensor([[0.5, 0.5]]).log())
+        >>> p.grad = torch.tensor([[-0.3, -0.1]])  # used in 3 and in 1 of 10 records
+        >>> Em([p], lr=1.0).step()
+        >>> [round(v, 2) for v in p.exp()[0].tolist()]
+        [0.75, 0.25]
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1.0,
+        betas: tuple[float, float] = (0.0, 0.0),
+        weight_decay: float = 0.0,
+    ) -> None:
+        if not 0 < lr <= 1:
+            raise InvalidInputError(f"EM takes a learning rate above 0 and up to 1, got {lr}")
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step."""
+        loss = None if closure is None else closure()
+        for group in self.param_groups:
+            rate, pseudo = group["lr"], max(group["weight_decay"], 1e-9)
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                counts = (-p.grad).clamp(min=0) + pseudo / p.shape[-1]
+                found = counts / counts.sum(-1, keepdim=True)
+                mixed = p.exp().lerp(found, rate)
+                p.copy_((mixed / mixed.sum(-1, keepdim=True)).clamp(min=1e-30).log())
+        return loss
+
+
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "adam": torch.optim.Adam,
@@ -93,6 +146,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adafactor": torch.optim.Adafactor,
     "adadelta": torch.optim.Adadelta,
     "sgd": torch.optim.SGD,
+    "em": Em,
 }
 
 DECAYS = {"sgd": "momentum", "adadelta": "rho"}

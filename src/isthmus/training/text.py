@@ -27,6 +27,11 @@ def tokenize(tokenizer: Any, texts: Sequence[str]) -> list[torch.Tensor]:
     return [torch.tensor(e.ids) for e in found]
 
 
+def padded_ids(tokenizer: Any, texts: Sequence[str], pad: int) -> torch.Tensor:
+    """Token ids of texts, int64 [B, T]."""
+    return pad_sequence(tokenize(tokenizer, texts), True, pad)
+
+
 class PairLearner:
     """Cross-entropy of a target given its source, in batches of like lengths.
 

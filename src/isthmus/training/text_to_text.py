@@ -7,14 +7,19 @@ loads there, and decodes here through the engine (``isthmus generate --model FOL
 from __future__ import annotations
 
 import functools
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
 from isthmus.decoding.fast import best_target
 from isthmus.decoding.model import Model
-from isthmus.models.encoder_decoder import EncoderDecoder
+from isthmus.models.encoder_decoder import Config, EncoderDecoder
 from isthmus.models.hub import load_checkpoint, no_progress_bars
+from isthmus.signals.tokenizer import learn_tokenizer
+from isthmus.training.data import Data, Pair
+from isthmus.training.loop import Plan
 from isthmus.training.system import Answer, TrainedSystem
+from isthmus.training.text import PairLearner
 
 
 class TextToText(TrainedSystem):
@@ -53,3 +58,54 @@ class TextToText(TrainedSystem):
         """Read them."""
         checkpoint = load_checkpoint(str(folder), dtype="float32", device="cpu")
         return cls(settings, EncoderDecoder.from_hf(checkpoint.model), checkpoint.tokenizer)
+
+
+class Translator(TextToText):
+    """A transformer of Marian's kind, trained on pairs in batches of like lengths.
+
+    The settings have the fields that :func:`translation_config` reads, and ``vocab_size``,
+    ``label_smoothing`` and ``batch_tokens``.
+    """
+
+    reads = "pairs"
+
+    @classmethod
+    def network(cls, settings: Any, vocab_size: int) -> EncoderDecoder:
+        """Random weights."""
+        return EncoderDecoder(translation_config(settings, vocab_size))
+
+    @classmethod
+    def untrained(cls, settings: Any, data: Data[Pair]) -> Self:
+        """A tokenizer learnt from both sides of the data, and random weights."""
+        texts = (text for pair in data.train for text in pair)
+        tokenizer = learn_tokenizer(texts, settings.vocab_size)
+        return cls(settings, cls.network(settings, len(tokenizer)), tokenizer)
+
+    def learner(self, data: Data[Pair], plan: Plan) -> PairLearner:
+        """Cross-entropy of targets."""
+        s = self.settings
+        return PairLearner(
+            self.module,
+            self.tokenizer,
+            data,
+            {"system": self.name, "settings": asdict(s)},
+            tokens=s.batch_tokens,
+            label_smoothing=s.label_smoothing,
+            seed=plan.seed,
+        )
+
+
+def translation_config(settings: Any, vocab_size: int) -> Config:
+    """The network of some settings: Marian's row, with ``hidden_size`` and what else it takes."""
+    s = settings
+    return Config.marian(
+        vocab_size,
+        hidden_size=s.hidden_size,
+        encoder_layers=s.encoder_layers,
+        decoder_layers=s.decoder_layers,
+        num_attention_heads=s.num_attention_heads,
+        head_dim=s.hidden_size // s.num_attention_heads,
+        intermediate_size=s.intermediate_size,
+        dropout=s.dropout,
+        max_length=s.max_length,
+    )

@@ -192,9 +192,19 @@ def bench(
         contestant.speedup = ratio(timings[methods[0]], timings[name])
         pairs = list(zip(contestant.tokens, first.tokens, strict=True))
         contestant.same = sum(a == b for a, b in pairs)
-        before = sum(_common(a, b) for a, b in pairs)
-        contestant.agreeing = before / max(1, first.new_tokens)
+        contestant.agreeing = agreeing(contestant.tokens, first.tokens)
     return list(contestants.values())
+
+
+def agreeing(tokens: Sequence[Sequence[int]], first: Sequence[Sequence[int]]) -> float:
+    """Share of the tokens of texts ``first`` that come before the first difference from them.
+
+    Example:
+        >>> agreeing([[1, 2, 3], [4, 9]], [[1, 2, 3], [4, 5]])
+        0.8
+    """
+    before = sum(_common(a, b) for a, b in zip(tokens, first, strict=True))
+    return before / max(1, sum(map(len, first)))
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

@@ -17,7 +17,7 @@ import torch
 from isthmus.errors import InvalidInputError, UnknownNameError
 from isthmus.signals.audio import Recording
 from isthmus.training.data import Data, Noisy, Pair, Spoken, Translated, read, read_hub
-from isthmus.workbench import codesearch, dates, numbers, pycode, speech
+from isthmus.workbench import codesearch, dates, digits, numbers, pycode, speech
 from isthmus.workbench.scene_masks import NAMED, MaskedScene, masked_scenes
 
 PREFIX, HUB = "workbench:", "hub:"
@@ -78,9 +78,9 @@ def _series(count: int = 3000, held_out: int = 300) -> Data[Spoken]:
     return Data(spoken("train", count), spoken("held-out", held_out))
 
 
-def _multi(count: int, held_out: int) -> Data[Translated]:
+def _translated(kind: str, count: int, held_out: int) -> Data[Translated]:
     def translated(split: speech.Split, number: int) -> list[Translated]:
-        heard = speech.corpus("multi", split, number)
+        heard = speech.corpus(kind, split, number)
         return [
             Translated(Recording(samples=u.samples), u.line.language, u.line.text, u.line.target)
             for u in heard
@@ -122,6 +122,11 @@ SOURCES: dict[str, Source] = {
     "numbers": Source("pairs", numbers.data, "numbers in words of four languages, and digits"),
     "scene-masks": Source("masks", _scenes, "rendered shapes and the class of every pixel"),
     "named-scenes": Source("pictures", _named_scenes, "small pictures of one shape each"),
+    "digits": Source(
+        "pictures",
+        lambda: Data(digits.records("learn"), digits.records("stop")),
+        "handwritten digits of 8 by 8 pixels and 17 levels",
+    ),
     "docstrings": Source(
         "pairs", _docstrings, "first paragraphs of docstrings, and the text or code that follows"
     ),
@@ -135,8 +140,14 @@ SOURCES: dict[str, Source] = {
     "speech-dates": Source("spoken", lambda: _spoken("dates"), "spoken dates and their ISO form"),
     "speech-sentences": Source("spoken", lambda: _spoken("sentences"), "sentences of 36 words"),
     "speech-few": Source("spoken", lambda: _spoken("sentences", 60, 20), "a few of them"),
-    "speech-multi": Source("translated", lambda: _multi(3000, 200), "days in three languages"),
-    "speech-multi-few": Source("translated", lambda: _multi(60, 20), "a few of them"),
+    "speech-multi": Source(
+        "translated", lambda: _translated("multi", 3000, 200), "days in three languages"
+    ),
+    "speech-multi-few": Source("translated", lambda: _translated("multi", 60, 20), "a few of them"),
+    "speech-dates-said": Source(
+        "translated", lambda: _translated("dates", 4000, 200), "spoken dates, and both forms"
+    ),
+    "speech-dates-few": Source("translated", lambda: _translated("dates", 60, 20), "a few of them"),
 }
 """The data sets by name."""
 

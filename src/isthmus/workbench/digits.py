@@ -12,9 +12,9 @@ import functools
 import hashlib
 import itertools
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,43 @@ def pictures(split: Split) -> tuple[Tensor, Tensor]:
     held_out = torch.arange(len(grids)) % HELD_OUT == 0
     chosen = held_out if split == "held-out" else ~held_out
     return grids[chosen], digits[chosen]
+
+
+@dataclass(frozen=True)
+class Digit:
+    """A digit with all its 17 levels, as a picture to train on."""
+
+    values: tuple[int, ...]
+
+    def pixels(self) -> Tensor:
+        """Levels 0 to 16, uint8 [1, 8, 8]."""
+        return torch.tensor(self.values, dtype=torch.uint8).view(1, SIDE, SIDE)
+
+    def picture(self) -> Tensor:
+        """The same as grey, uint8 [3, 8, 8]."""
+        return (self.pixels().int() * 255 // 16).to(torch.uint8).expand(3, -1, -1).contiguous()
+
+
+JUDGED = 397
+"""Digits that only claims of codecs look at."""
+
+
+def whole(part: Literal["learn", "stop", "judged"]) -> Tensor:
+    """Digits with all their levels, uint8 [N, 8, 8]: 1,260 to learn from, 140, and 397.
+
+    Raises:
+        MissingExtraError: scikit-learn is not installed.
+    """
+    data: Any = require("sklearn.datasets", "workbench").load_digits()
+    grids = torch.from_numpy(data.images).to(torch.uint8)
+    order = torch.randperm(len(grids), generator=torch.Generator().manual_seed(0))
+    judged, rest = order[:JUDGED], order[JUDGED:]
+    return grids[{"learn": rest[140:], "stop": rest[:140], "judged": judged}[part]]
+
+
+def records(part: Literal["learn", "stop"]) -> list[Digit]:
+    """The same as records."""
+    return [Digit(tuple(grid.flatten().tolist())) for grid in whole(part)]
 
 
 def digest() -> str:

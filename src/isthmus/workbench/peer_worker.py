@@ -3,8 +3,9 @@
 It imports nothing of isthmus, so that a peer's environment holds the peer alone. Requests and
 answers are JSON, one line each; what a library prints goes to standard error.
 
-    {"engine", "checkpoint", "export", "precision", "threads"}  ->  {"about"}
-    {"prompt", "max_new_tokens"}                                ->  {"tokens", "seconds"}
+    {"engine", "task", "checkpoint", "export", "precision", "threads"}  ->  {"about"}
+    {"prompt", "max_new_tokens"}    ->  {"tokens", "seconds"}             of the task "generate"
+    {"batches", "max_new_tokens"}   ->  {"tokens", "seconds" of each}     of the task "translate"
 
 An answer ``{"error"}`` ends the worker. The checkpoint is converted by the peer's own converter on
 first use and kept under ``export``.
@@ -24,6 +25,9 @@ from typing import Any
 
 Generate = Callable[[list[int], int], list[int]]
 """Greedy decoding: token ids and how many to write, end tokens like any other."""
+
+Translate = Callable[[list[list[int]], int], list[list[int]]]
+"""The same for a batch of sources."""
 
 
 def transformers(checkpoint: Path, export: Path, precision: str, threads: int) -> Generate:
@@ -76,6 +80,66 @@ def ctranslate2(checkpoint: Path, export: Path, precision: str, threads: int) ->
         return tokens
 
     return generate
+
+
+def ctranslate2_pairs(checkpoint: Path, export: Path, precision: str, threads: int) -> Translate:
+    """CTranslate2's translator on what the parts of its converter for transformers make."""
+    import ctranslate2 as ct2
+
+    kept(export, lambda out: write_pairs(checkpoint, out, precision))
+    engine = ct2.Translator(
+        str(export), device="cpu", compute_type=precision, intra_threads=threads, inter_threads=1
+    )
+
+    def translate(sources: list[list[int]], budget: int) -> list[list[int]]:
+        found = engine.translate_batch(
+            [[str(token) for token in source] for source in sources],
+            beam_size=1,
+            end_token=[],
+            min_decoding_length=budget,
+            max_decoding_length=budget,
+        )
+        return [[int(token) for token in each.hypotheses[0]] for each in found]
+
+    return translate
+
+
+def write_pairs(checkpoint: Path, out: Path, precision: str) -> None:
+    """Write a Marian or T5 checkpoint for CTranslate2, its tokens named by their numbers.
+
+    The converter's own way drops the last row of Marian's vocabulary, where most checkpoints have
+    their padding, and begins with an embedding of zeros. Here all rows stay and the decoder
+    begins with its start token, as it does in transformers.
+
+    Raises:
+        ValueError: It is another kind of model.
+    """
+    import torch
+    from ctranslate2.converters.transformers import BartLoader, T5Loader
+    from transformers import AutoModelForSeq2SeqLM
+
+    model = AutoModelForSeq2SeqLM.from_pretrained(checkpoint, dtype=torch.float32)
+    kind = model.config.model_type
+    if kind == "marian":
+        model.config.normalize_before = model.config.normalize_embedding = False
+        loader = BartLoader()
+    elif kind == "t5":
+        loader = T5Loader()
+    else:
+        raise ValueError(f"Marian and T5 models are converted here, not {kind!r}")
+    with torch.no_grad():
+        spec = loader.get_model_spec(model)
+    words = [str(token) for token in range(model.config.vocab_size)]
+    spec.register_source_vocabulary(words)
+    spec.register_target_vocabulary(words)
+    start = str(model.generation_config.decoder_start_token_id)
+    spec.config.bos_token = spec.config.decoder_start_token = start
+    spec.config.eos_token = spec.config.unk_token = str(model.config.eos_token_id)
+    spec.config.add_source_bos = spec.config.add_source_eos = False
+    spec.validate()
+    spec.optimize(quantization=precision)
+    out.mkdir()
+    spec.save(str(out))
 
 
 def openvino(checkpoint: Path, export: Path, precision: str, threads: int) -> Generate:
@@ -234,6 +298,10 @@ ENGINES = {
 """How to load each engine, and the package whose version is reported."""
 
 
+TRANSLATORS = {"ctranslate2": (ctranslate2_pairs, "ctranslate2")}
+"""The same for models that translate."""
+
+
 def kept(export: Path, convert: Callable[[Path], object]) -> None:
     """Make an export once, as a whole: under another name first."""
     if export.exists():
@@ -260,16 +328,25 @@ def main() -> None:
 
     try:
         asked = json.loads(sys.stdin.readline())
-        load, package = ENGINES[asked["engine"]]
-        generate = load(
+        translates = asked["task"] == "translate"
+        table: Any = TRANSLATORS if translates else ENGINES
+        load, package = table[asked["engine"]]
+        run: Any = load(
             Path(asked["checkpoint"]), Path(asked["export"]), asked["precision"], asked["threads"]
         )
         answer({"about": f"{package} {version(package)}"})
         for line in sys.stdin:
             asked = json.loads(line)
-            start = time.perf_counter()
-            tokens = generate(asked["prompt"], asked["max_new_tokens"])
-            answer({"tokens": tokens, "seconds": time.perf_counter() - start})
+            parts = asked["batches"] if translates else [asked["prompt"]]
+            tokens, seconds = [], []
+            for part in parts:
+                start = time.perf_counter()
+                tokens.append(run(part, asked["max_new_tokens"]))
+                seconds.append(time.perf_counter() - start)
+            if translates:
+                answer({"tokens": [text for part in tokens for text in part], "seconds": seconds})
+            else:
+                answer({"tokens": tokens[0], "seconds": seconds[0]})
     except Exception as error:  # whatever a peer raises reaches the user as one line
         answer({"error": f"{type(error).__name__}: {error}"})
         raise

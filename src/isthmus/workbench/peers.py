@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from isthmus.errors import InvalidInputError, IsthmusError, UnknownNameError
 from isthmus.folders import cache_folder, writable
@@ -41,16 +42,23 @@ class Peer:
         name: The engine.
         requirements: What pip installs into its environment, converter included.
         precisions: Numbers it decodes with, the most exact first.
+        module: What it is imported as.
     """
 
     name: str
     requirements: tuple[str, ...]
     precisions: tuple[str, ...]
+    module: str = ""
 
 
 _ALL = (
     # 16-bit numbers need AVX-512 or AMX there and become float32 in silence elsewhere
-    Peer("ctranslate2", ("ctranslate2>=4.8,<5", "transformers>=5,<6", _TORCH), ("float32", "int8")),
+    Peer(
+        "ctranslate2",
+        ("ctranslate2>=4.8,<5", "transformers>=5,<6", _TORCH),
+        ("float32", "int8"),
+        "ctranslate2",
+    ),
     Peer(
         "openvino",
         ("openvino-genai>=2026.4", "optimum-intel[openvino]>=2.2", _TORCH),
@@ -91,6 +99,32 @@ def python(name: str) -> Path:
             f"{name} is not installed; run: isthmus bench peers --install {name}"
         )
     return _python(folder)
+
+
+def available(name: str) -> bool:
+    """Whether a peer can run: in an environment of its own, or beside this package.
+
+    Raises:
+        UnknownNameError: No such peer.
+    """
+    return (environment(name) / "installed.json").exists() or _beside(name)
+
+
+def interpreter_of(name: str) -> Path:
+    """The Python that a peer runs in: its own where it has one, else this one if it is there.
+
+    Raises:
+        UnknownNameError: No such peer.
+        InvalidInputError: It is not installed; the message holds the command.
+    """
+    if not (environment(name) / "installed.json").exists() and _beside(name):
+        return Path(sys.executable)
+    return python(name)
+
+
+def _beside(name: str) -> bool:
+    module = ENGINES[name].module
+    return bool(module) and importlib.util.find_spec(module) is not None
 
 
 def installed() -> list[str]:
@@ -172,6 +206,7 @@ class Worker:
         checkpoint: Folder of a transformers checkpoint.
         threads: Threads it may use.
         interpreter: The Python it runs in; the peer's own when None.
+        task: ``"generate"`` continues prompts, ``"translate"`` reads sources.
 
     Attributes:
         about: The engine's package and version.
@@ -189,9 +224,11 @@ class Worker:
         *,
         threads: int,
         interpreter: Path | None = None,
+        task: Literal["generate", "translate"] = "generate",
     ) -> None:
         self.name = f"{engine} {precision}"
-        interpreter = interpreter or python(engine)
+        if interpreter is None:
+            interpreter = python(engine) if task == "generate" else interpreter_of(engine)
         export = cache_folder() / "exports" / _digest(checkpoint) / f"{engine}-{precision}"
         self._errors = tempfile.TemporaryFile(  # noqa: SIM115 - close() closes it
             "w+", encoding="utf-8", errors="replace"
@@ -212,6 +249,7 @@ class Worker:
                 checkpoint=str(checkpoint.resolve()),
                 export=str(export),
                 threads=threads,
+                task=task,
             )
         except BaseException:
             self.close()
@@ -228,6 +266,24 @@ class Worker:
             IsthmusError: The peer failed; the message is its own.
         """
         answer = self._ask(prompt=prompt, max_new_tokens=max_new_tokens)
+        return answer["tokens"], answer["seconds"]
+
+    def translate(
+        self, batches: Sequence[Sequence[Sequence[int]]], new_tokens: int
+    ) -> tuple[list[list[int]], list[float]]:
+        """Translate batches of sources greedily, end tokens like any other.
+
+        Args:
+            batches: Source ids of sentences, in batches.
+            new_tokens: Tokens of every translation.
+
+        Returns:
+            Target ids of all sentences, and the seconds of each batch inside the worker.
+
+        Raises:
+            IsthmusError: The peer failed; the message is its own.
+        """
+        answer = self._ask(batches=batches, max_new_tokens=new_tokens)
         return answer["tokens"], answer["seconds"]
 
     def close(self) -> None:

@@ -49,6 +49,9 @@ class Settings:
         block: ``conformer`` or ``e-branchformer``.
         inner: Blocks, numbered from 1, that are read as well.
         batch_size: Records of a batch.
+        causal: Whether it may be used in a stream: features are not normalised over the whole
+            sound, and convolutions reach back only.
+        chunk: Frames that a block hears at once, with all before them; 0 is all.
     """
 
     mels: int = 40
@@ -62,6 +65,12 @@ class Settings:
     block: str = "conformer"
     inner: tuple[int, ...] = ()
     batch_size: int = 32
+    causal: bool = False
+    chunk: int = 0
+
+    def features(self) -> LogMel:
+        """What makes the features."""
+        return LogMel("nemo", self.mels, normalise="fixed" if self.causal else True)
 
     def encoder(self) -> Conformer:
         """A new encoder of these sizes."""
@@ -75,6 +84,8 @@ class Settings:
             factor=self.factor,
             channels=self.channels,
             dropout=self.dropout,
+            causal=self.causal,
+            chunk=self.chunk,
         )
 
 
@@ -151,7 +162,7 @@ class Recogniser(TrainedSystem):
 
     def __init__(self, settings: Settings, letters: Characters) -> None:
         super().__init__(settings)
-        self.letters, self.mel = letters, LogMel("nemo", settings.mels)
+        self.letters, self.mel = letters, settings.features()
         self.module = CTCModel(settings.encoder(), len(letters), settings.inner)
 
     @classmethod

@@ -159,6 +159,23 @@ _MAKERS = (
         steps=400,
         decay_share=0.4,
     ),
+    # a deep encoder, to be looked into layer by layer
+    TaskRecipe(
+        name="dates-deep",
+        task="dates",
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        head_dim=32,
+        intermediate_size=256,
+        vocab_size=96,
+        encoder_layers=6,
+        batch_size=64,
+        sequence_length=16,
+        max_position_embeddings=64,
+        steps=600,
+        decay_share=0.4,
+    ),
     # stopped before it is perfect, so that ways of decoding can differ
     TaskRecipe(
         name="dates-s",
@@ -273,6 +290,17 @@ def reference(name: str | Recipe, progress: bool = True) -> Path:
     if not _is_complete(folder, recipe):
         train(recipe, folder, progress=progress)
     return folder
+
+
+def locate(source: str) -> str:
+    """The folder or hub id behind a name; reference models are made when they are asked for.
+
+    Args:
+        source: Folder, hub id, or the name of a reference model.
+    """
+    if not Path(source).exists() and source in NAMES:
+        return str(reference(source))
+    return source
 
 
 def train(

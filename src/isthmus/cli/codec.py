@@ -1,0 +1,230 @@
+"""``isthmus encode``, ``decode`` and ``inspect``: files made small, and whole again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from isthmus.cli.output import console, print_json
+
+Out = Annotated[Path, Parameter(name=["--out", "-o"])]
+Json = Annotated[bool, Parameter(negative="")]
+
+
+def encode(
+    given: Path,
+    /,
+    *,
+    out: Out,
+    codec: str = "",
+    rate: float | None = None,
+    model: Path | None = None,
+    json: Json = False,
+) -> int:
+    """Make a file of sound or a picture small: an .ist file.
+
+    Args:
+        given: wav, flac, ogg, mp3 ..., png, jpeg, webp ...
+        out: The .ist file to write; an older one there is replaced at the end.
+        codec: Name of a codec; lossless when not given. One that has to be trained is trained at
+            the scale small the first time.
+        rate: Wanted rate, of a codec that has a choice: kbit/s of sound, bits per pixel.
+        model: Folder of a trained codec, made by isthmus train.
+        json: Print one JSON object and nothing else on standard output.
+    """
+    from isthmus.workbench.coding import encode as write
+
+    with _progress("encoding", json) as (heard, report):
+        sizes = write(given, out, codec=codec, rate=rate, model=model, heard=heard, report=report)
+    before = given.stat().st_size
+    if json:
+        print_json({"out": str(out), "given_bytes": before, **asdict(sizes)})
+        return 0
+    share = f"{sizes.file / before:.1%} of {before:,}"
+    console().print(
+        f"{out}: {sizes.file:,} bytes ({share}), {sizes.codec}, {sizes.frames} frame(s)"
+    )
+    if sizes.file > before:
+        console(stderr=True).print(
+            f"{given.name} is smaller than what comes out: it was lossy, or of a kind that its own "
+            "format codes better"
+        )
+    return 0
+
+
+def decode(
+    given: Path,
+    /,
+    *,
+    out: Out,
+    model: Path | None = None,
+    partial: Annotated[bool, Parameter(negative="")] = False,
+    json: Json = False,
+) -> int:
+    """Turn an .ist file into sound or a picture.
+
+    Args:
+        given: The .ist file.
+        out: The file to write, in the format of its suffix; an older one is replaced at the end.
+        model: Folder of the trained codec that wrote the file, if it is not known here.
+        partial: Of a damaged file, write what comes before the damage.
+        json: Print one JSON object and nothing else on standard output.
+    """
+    from isthmus.signals.files import described
+    from isthmus.workbench.coding import decode as write
+
+    with _progress("decoding", json) as (heard, _):
+        opened = write(given, out, model=model, partial=partial, heard=heard)
+    damage = opened.reader.damage
+    if json:
+        print_json(
+            {
+                "out": str(out),
+                "codec": opened.codec.id,
+                "lossless": opened.codec.lossless,
+                "signal": dict(opened.signal.info),
+                "damage": damage,
+            }
+        )
+        return 0
+    exact = "every bit as it was" if opened.codec.lossless else "lossy"
+    said = f"{out}: {described(opened.signal.info)}, {exact}"
+    console().print(said if not damage else f"{out}: the part before the damage")
+    if damage:
+        console(stderr=True).print(damage)
+    return 0
+
+
+def inspect(given: Path, /, *, json: Json = False) -> int:
+    """Say what is in an .ist file, and check it.
+
+    The checksums of all frames are checked; nothing is decoded. A damaged file gives exit code 2.
+
+    Args:
+        given: The .ist file.
+        json: Print one JSON object and nothing else on standard output.
+    """
+    from rich.table import Table
+
+    from isthmus.signals.files import described
+    from isthmus.workbench.coding import inspect as look
+
+    found = look(given)
+    if json:
+        print_json(found)
+        return 2 if found["damage"] else 0
+    signal = found["signal"]
+    rate = ""
+    if found["length"] and signal["medium"] == "audio":
+        rate = f", {found['bytes'] * 8 * signal['rate_hz'] / found['length'] / 1000:.2f} kbit/s"
+    elif signal["medium"] == "image":
+        rate = (
+            f", {found['bytes'] * 8 / (signal['shape'][1] * signal['shape'][2]):.2f} bits a pixel"
+        )
+    frames = ", ".join(f"{n} {kind}" for kind, n in found["frames"].items()) or "none"
+    parameters = ", ".join(f"{k} {v}" for k, v in found["parameters"].items()) or "none"
+    rows = {
+        "codec": f"{found['codec']}, {'lossless' if found['lossless'] else 'lossy'}",
+        "signal": described(signal),
+        "size": f"{found['bytes']:,} bytes{rate}; header {found['header_bytes']}, payload "
+        f"{found['payload_bytes']:,}",
+        "frames": frames,
+        "parameters": parameters,
+        "entropy model": ", ".join(f"{k} {v}" for k, v in found["entropy"].items()),
+        "model": f"{found['fingerprint'][:8]}: {found['model']}",
+        "state": found["damage"] or "whole: all checksums fit",
+    }
+    rows |= {f"text {i + 1}": text for i, text in enumerate(found["texts"])}
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    console().print(table)
+    return 2 if found["damage"] else 0
+
+
+@contextmanager
+def _progress(
+    what: str, silent: bool
+) -> Iterator[tuple[Callable[[int, int | None], None], Callable[[Any], None]]]:
+    """A bar on a terminal, nothing elsewhere."""
+    from rich.progress import Progress
+
+    screen = console(stderr=True)
+    with Progress(console=screen, transient=True, disable=silent or not screen.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+
+        def heard(done: int, total: int | None) -> None:
+            bar.update(task, completed=done, total=total)
+
+        def report(now: Any) -> None:
+            bar.update(task, description=f"training once, step {now.step}", completed=now.step)
+
+        yield heard, report
+
+
+def bench(
+    *files: Path,
+    model: Path | None = None,
+    picture: Annotated[Path | None, Parameter(name=["--picture", "-p"])] = None,
+    json: Json = False,
+) -> int:
+    """Compare codecs on your pictures or sounds: rate, distortion, time, in one run.
+
+    Ours that are ready (trained ones whose model is in the cache) beside JPEG, WebP, AVIF, PNG,
+    JPEG XL where its plug-in is installed; FLAC, Opus, Vorbis, MP3.
+
+    Args:
+        files: Pictures only, or sounds only.
+        model: Folder of a trained codec to compare as well.
+        picture: A .png, .svg or .pdf file to draw the curves into.
+        json: Print one JSON object and nothing else on standard output.
+    """
+    import math
+
+    from rich.table import Table
+
+    from isthmus.laws.forwards import check_picture
+    from isthmus.laws.rd import draw
+    from isthmus.workbench.codec_bench import bench as measure
+
+    if picture is not None:
+        check_picture(picture)
+    with console(stderr=True).status("") as status:
+        found = measure(files, model=model, report=lambda name: status.update(name))
+    image = found.medium == "image"
+    rate, quality = ("bits per pixel", "PSNR, dB") if image else ("kbit/s", "- log-mel dB")
+    if picture is not None:
+        draw(picture, found.curves, rate=rate, quality=quality)
+    if json:
+        curves = {
+            name: [
+                {**asdict(p), "quality": p.quality if math.isfinite(p.quality) else None}
+                for p in points
+            ]
+            for name, points in found.curves.items()
+        }
+        record = {"curves": curves, "bd_rate": found.bd, "left_out": found.left_out}
+        print_json({"medium": found.medium, "anchor": found.anchor, **record})
+        return 0
+    each = "Mpixel" if image else "s of sound"
+    table = Table(pad_edge=False)
+    heads = ("setting", rate, quality, f"encode s/{each}", f"decode s/{each}")
+    for head in ("codec", *heads, f"rate at equal quality, {found.anchor} = 0"):
+        table.add_column(head, justify="left" if head == "codec" else "right")
+    for name, points in found.curves.items():
+        for i, p in enumerate(points):
+            said = f"{p.quality:.2f}" if math.isfinite(p.quality) else "exact"
+            bd = f"{found.bd[name]:+.1f} %" if i == 0 and name in found.bd else ""
+            times = (f"{p.encode_s:.3f}", f"{p.decode_s:.3f}")
+            table.add_row("" if i else name, p.label, f"{p.rate:.3f}", said, *times, bd)
+    console().print(table)
+    for name, why in found.left_out.items():
+        console(stderr=True).print(f"left out: {name}: {why}")
+    if picture is not None:
+        console().print(f"curves drawn into {picture}")
+    return 0

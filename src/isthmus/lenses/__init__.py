@@ -1,0 +1,1 @@
+"""Looking inside: traces, parts that add up, and explanations a reader can check."""

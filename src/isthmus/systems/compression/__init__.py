@@ -1,0 +1,1 @@
+"""Signals, pictures and tensors made small."""

@@ -1,0 +1,1 @@
+"""Lenses: what happens inside a model."""
