@@ -178,4 +178,5 @@ class CodeLM(nn.Module):
         return torch.stack(found).sum(0)
 
     def _logits(self, x: Tensor, n: int) -> Tensor:
-        return self.norm(x)[None] @ self.head[:n, None] + self.offset[:n, None, None]
+        logits: Tensor = self.norm(x)[None] @ self.head[:n, None] + self.offset[:n, None, None]
+        return logits
