@@ -165,7 +165,9 @@ def word_scores(
         return head(x).masked_fill(~inside[..., None], ABSENT).amax(1)
 
     best: torch.Tensor | None = None
-    for x, inside in zip(states.split(block, 1), counted.split(block, 1), strict=True):
+    for x, inside in zip(
+        torch.split(states, block, 1), torch.split(counted, block, 1), strict=True
+    ):
         one = checkpoint(largest, x, inside, use_reentrant=False)
         best = one if best is None else torch.maximum(best, one)
     assert best is not None
