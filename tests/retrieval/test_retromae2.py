@@ -112,6 +112,17 @@ def test_a_score_is_the_sum_of_both_products(system: Retromae2) -> None:
     np.testing.assert_allclose(alone, dense[0], atol=1e-5)  # padding changes nothing
 
 
+@pytest.mark.parametrize("arm", list(ARMS))
+def test_every_arm_is_written_and_read(arm: str, tmp_path) -> None:
+    """The half that is not searched with has an empty index, and none on disk."""
+    made = _new(arm)
+    made.index({str(i): p.target for i, p in enumerate(PAIRS)})
+    made.save_pretrained(tmp_path / "s")
+    again = Retromae2.from_pretrained(tmp_path / "s")
+    assert again.search({"q": "a queue"}) == made.search({"q": "a queue"})
+    assert len(again.search({"q": "a queue"})["q"]) == len(PAIRS)
+
+
 def test_its_folder_is_an_embedding_model(system: Retromae2, out) -> None:
     texts = [p.target for p in PAIRS[:5]]
     expected = system.encode(texts)[0]

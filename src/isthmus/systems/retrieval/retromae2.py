@@ -146,6 +146,11 @@ class Retromae2(TrainedSystem):
         self.documents: dict[str, str] = {}
         self.dense, self.sparse = DenseIndex(), SparseIndex("none")
 
+    @property
+    def searched(self) -> tuple[str, ...]:
+        """Names of the halves that are searched with."""
+        return tuple(h for h in ("dense", "sparse") if self.settings.search in (h, "both"))
+
     @classmethod
     def untrained(cls, settings: Settings, data: Data[Pair]) -> Self:
         """A new network, with a vocabulary learnt from the data."""
@@ -194,21 +199,15 @@ class Retromae2(TrainedSystem):
         """Take these documents, by id, as what is searched."""
         self.documents = dict(documents)
         self.dense, self.sparse = DenseIndex(), SparseIndex("none")
-        dense, sparse = self.encode(list(documents.values()))
-        if self.settings.search != "sparse":
-            self.dense.add(list(documents), dense)
-        if self.settings.search != "dense":
-            self.sparse.add(list(documents), sparse)
+        reps = dict(zip(("dense", "sparse"), self.encode(list(documents.values())), strict=True))
+        for name in self.searched:
+            getattr(self, name).add(list(documents), reps[name])
 
     def search(self, queries: Mapping[str, str]) -> dict[str, dict[str, float]]:
         """Documents of each query with the sum of the scores of both halves (eq. 10)."""
-        dense, sparse = self.encode(list(queries.values()))
-        names, which, runs = list(queries), self.settings.search, []
-        if which != "sparse":
-            runs.append(to_run(names, self.dense.search(dense, DEPTH)))
-        if which != "dense":
-            runs.append(to_run(names, self.sparse.search(sparse, DEPTH)))
-        return fuse(runs)
+        reps = dict(zip(("dense", "sparse"), self.encode(list(queries.values())), strict=True))
+        found = {name: getattr(self, name).search(reps[name], DEPTH) for name in self.searched}
+        return fuse([to_run(list(queries), hits) for hits in found.values()])
 
     def measure(self, task: Task) -> np.ndarray[Any, Any]:
         """MRR@10 of every query of a task; its documents become what is searched."""
@@ -251,8 +250,8 @@ class Retromae2(TrainedSystem):
         state = self.module.state_dict()
         rest = {k: v.cpu().clone() for k, v in state.items() if not k.startswith("lm.bert.")}
         save_file(rest, folder / REST, metadata={"format": "pt"})
-        self.dense.save(folder / "dense")
-        self.sparse.save(folder / "sparse")
+        for name in self.searched:
+            getattr(self, name).save(folder / name)
         (folder / "documents.json").write_text(json.dumps(self.documents), encoding="utf-8")
 
     @classmethod
@@ -263,8 +262,9 @@ class Retromae2(TrainedSystem):
         weights = {f"lm.bert.{k}": v for k, v in encoder.items() if not k.startswith("pooler.")}
         system.module.load_state_dict(weights | load_file(folder / REST))
         system.module.eval()
-        system.dense = DenseIndex.load(folder / "dense")
-        system.sparse = SparseIndex.load(folder / "sparse")
+        for name, kind in (("dense", DenseIndex), ("sparse", SparseIndex)):
+            if name in system.searched:
+                setattr(system, name, kind.load(folder / name))
         system.documents = json.loads((folder / "documents.json").read_text(encoding="utf-8"))
         return system
 
