@@ -113,6 +113,9 @@ SOURCES: dict[str, Source] = {
     "speech-numbers": Source("spoken", lambda: _spoken("numbers"), "spoken numbers, in words"),
     "speech-dates": Source("spoken", lambda: _spoken("dates"), "spoken dates and their ISO form"),
     "speech-sentences": Source("spoken", lambda: _spoken("sentences"), "sentences of 36 words"),
+    "speech-docs": Source(
+        "spoken", lambda: _spoken("docs", 1500, 24), "sentences of documents, any words"
+    ),
     "speech-few": Source("spoken", lambda: _spoken("sentences", 60, 20), "a few of them"),
     "speech-multi": Source("translated", lambda: _multi(3000, 200), "days in three languages"),
     "speech-multi-few": Source("translated", lambda: _multi(60, 20), "a few of them"),
