@@ -12,7 +12,7 @@ on an edge may fall to the other side, and the check of the symbols tells.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -125,3 +125,17 @@ class CodeCoder:
         with one_thread():
             logits, self.state = self.lm.step(self.state, self.n_q, self.batch)
         return frequencies(logits).reshape(-1, self.size)
+
+
+def packets(chunks: Iterable[torch.Tensor], length: int) -> Iterator[torch.Tensor]:
+    """Pieces [C, length], and a shorter one at the end."""
+    held: list[torch.Tensor] = []
+    for chunk in chunks:
+        held.append(chunk)
+        while sum(part.shape[1] for part in held) >= length:
+            joined = torch.cat(held, 1)
+            yield joined[:, :length]
+            held = [joined[:, length:]]
+    rest = torch.cat(held, 1) if held else torch.zeros(1, 0)
+    if rest.shape[1]:
+        yield rest
