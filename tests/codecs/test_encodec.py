@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from isthmus import testing
 from isthmus.codecs.base import pack, unpack
 from isthmus.errors import BrokenFileError, InvalidInputError
 from isthmus.roles import Signal
-from isthmus.signals.audio import Recording
+from isthmus.signals.audio import Recording, Waveform, write
 from isthmus.systems.codecs.encodec import Encodec
 from isthmus.training.data import Data, Spoken
 from isthmus.workbench import sound_trials as trials
@@ -145,3 +146,15 @@ def test_too_short_segments_are_refused() -> None:
     codec = Encodec(replace(SETTINGS, segment_s=0.02))
     with pytest.raises(InvalidInputError, match="segment_s"):
         codec.learner(records(3), Encodec.scales["test"].plan)
+
+
+def test_files_of_another_rate_are_brought_to_the_codecs(codec: Encodec, tmp_path: Path) -> None:
+    write(tmp_path / "a.wav", Waveform(sound(44_100, 2).clamp(-1, 1), 44_100))
+    write(tmp_path / "b.wav", Waveform(sound(3_000, 2), 16_000))
+    found = codec.open(tmp_path / "a.wav")
+    assert found.info["shape"] == [1, 16_000] and found.info["rate_hz"] == 16_000
+    answer = codec.run(str(tmp_path / "b.wav"))  # as it is, both channels
+    assert answer.save is not None
+    answer.save(tmp_path / "b.ist")
+    opened = unpack(tmp_path / "b.ist", codec=codec)
+    assert torch.cat(list(opened.signal.chunks), 1).shape == (2, 3_000)
