@@ -66,6 +66,7 @@ class Settings:
         codebooks: n_q at most.
         size: K, codes of each.
         choices: Numbers of codebooks that are trained, one for each batch.
+        decay: Of the codebooks' averages; few steps want faster ones.
         dead_below: See :class:`~isthmus.nn.quantize.VQ`; small batches need less.
         balance: Whether the balancer shares out the gradient; off, weights are fixed.
         balance_decay: Of its averages.
@@ -90,6 +91,7 @@ class Settings:
     codebooks: int = 32
     size: int = 1024
     choices: tuple[int, ...] = (2, 4, 8, 16, 32)
+    decay: float = 0.99
     dead_below: float = 2.0
     balance: bool = True
     balance_decay: float = 0.999
@@ -161,7 +163,8 @@ class Encodec(TrainedCodec):
                 codebooks=8,
                 size=256,
                 choices=(2, 4, 8),
-                dead_below=0.3,
+                decay=0.9,
+                dead_below=0.5,
                 balance_decay=0.99,
                 mel_sizes=(128, 256, 512, 1024, 2048),
                 disc_sizes=(1024, 512),
@@ -174,7 +177,7 @@ class Encodec(TrainedCodec):
             replace(
                 _ADAM,
                 steps=STEPS,
-                learning_rate=2e-3,
+                learning_rate=1e-3,
                 betas=(0.8, 0.99),
                 warmup_steps=50,
                 validate_every=STEPS,
@@ -196,7 +199,7 @@ class Encodec(TrainedCodec):
         reach = max(1, round(s.lm_reach_s * s.rate_hz / s.hop))
         self.module: AudioCodec = AudioCodec(
             SEANetEncoder(*sizes, lstm=s.lstm),
-            RVQ(s.dim, s.size, s.codebooks, dead_below=s.dead_below),
+            RVQ(s.dim, s.size, s.codebooks, decay=s.decay, dead_below=s.dead_below),
             SEANetDecoder(*sizes, lstm=s.lstm),
             Goals(s.rate_hz, **how),  # the paper's weights: 0.1, 1, 3, 3 and 1
             STFTDiscriminator(s.disc_sizes, s.disc_width),
