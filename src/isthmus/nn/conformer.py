@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -63,6 +64,61 @@ def relative_positions(length: int, width: int, like: torch.Tensor) -> torch.Ten
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(1).to(like.dtype)
 
 
+@dataclass
+class Cache:
+    """What a block keeps of the frames before: enough to go on as if they were still there.
+
+    Attributes:
+        attended: What entered the attention, the last L frames, [B, L, D].
+        convolved: What entered the depthwise convolution, the last k - 1 frames, [B, D, k - 1].
+    """
+
+    attended: torch.Tensor
+    convolved: torch.Tensor
+
+
+def limited_mask(
+    queries: torch.Tensor, keys: torch.Tensor, left: int, right: int, *, regular: bool = False
+) -> torch.Tensor:
+    """Which frames may look at which, where both sides are limited.
+
+    Chunks of ``right`` + 1 frames see themselves and ``left`` frames before them; so nothing sees
+    beyond its chunk, however many blocks there are. ``regular`` gives each frame its own limits,
+    which add up from block to block.
+
+    Args:
+        queries: Numbers of the frames that look, int64 [T].
+        keys: Numbers of those that are looked at [K]; those below 0 do not exist.
+        left: L, a multiple of ``right`` + 1 unless ``regular``.
+        right: R.
+        regular: See above.
+
+    Returns:
+        bool [T, K].
+
+    Raises:
+        InvalidInputError: The limits do not fit.
+
+    Example:
+        >>> place = torch.arange(4)
+        >>> limited_mask(place, place, 2, 1).int().tolist()
+        [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
+        >>> limited_mask(place, place, 2, 1, regular=True).int().tolist()
+        [[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1], [0, 1, 1, 1]]
+    """
+    size = right + 1
+    if right < 0 or left < 0 or (left % size and not regular):
+        raise InvalidInputError(
+            f"the frames before are a multiple of the chunk, got {left} and chunks of {size}; "
+            f"take {left // size * size if right >= 0 <= left else 0} or other chunks"
+        )
+    query, key = queries[:, None], keys[None]
+    if regular:
+        return (key >= 0) & (key >= query - left) & (key <= query + right)
+    chunk = query.div(size, rounding_mode="floor")
+    return (key >= 0) & (key >= chunk * size - left) & (key < (chunk + 1) * size)
+
+
 class RelativeAttention(nn.Module):
     """Self-attention with the relative positions of Transformer-XL.
 
@@ -83,26 +139,35 @@ class RelativeAttention(nn.Module):
         self.bias_u = nn.Parameter(torch.zeros(heads, width // heads))
         self.bias_v = nn.Parameter(torch.zeros(heads, width // heads))
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        positions: torch.Tensor,
+        mask: torch.Tensor,
+        before: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Attend.
 
         Args:
             x: [B, T, D].
-            positions: [2 T - 1, D].
-            mask: True where a query may look at a key, bool, broadcast to [B, H, T, T].
+            positions: [2 (C + T) - 1, D].
+            mask: True where a query may look at a key, bool, broadcast to [B, H, T, C + T].
+            before: What entered for the C frames before these, [B, C, D].
 
         Returns:
             [B, T, D].
         """
         batch, length, width = x.shape
+        seen = x if before is None else torch.cat([before, x], 1)
         q, k, v = (
-            proj(x).view(batch, length, self.heads, -1)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            proj(of).view(batch, of.shape[1], self.heads, -1)
+            for proj, of in ((self.q_proj, x), (self.k_proj, seen), (self.v_proj, seen))
         )
         distance = self.relative_k_proj(positions).view(-1, self.heads, width // self.heads)
         content = torch.einsum("bqhd,bkhd->bhqk", q + self.bias_u, k)
         by_distance = torch.einsum("bqhd,rhd->bhqr", q + self.bias_v, distance)
-        scores = (content + shift(by_distance)) * (width // self.heads) ** -0.5
+        by_key = shift(by_distance) if before is None else shift_late(by_distance)
+        scores = (content + by_key) * (width // self.heads) ** -0.5
         weights = scores.masked_fill(~mask, torch.finfo(x.dtype).min).softmax(-1)
         weights = F.dropout(weights, self.dropout, self.training)
         y: torch.Tensor = self.o_proj(torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2))
@@ -121,6 +186,19 @@ def shift(scores: torch.Tensor) -> torch.Tensor:
     outer, padded = scores.shape[:-2], F.pad(scores, (1, 0))  # each row is one too long now
     rolled = padded.reshape(*outer, 2 * length, length)[..., 1:, :]
     return rolled.reshape(*outer, length, 2 * length - 1)[..., :length]
+
+
+def shift_late(scores: torch.Tensor) -> torch.Tensor:
+    """As :func:`shift`, for the last T of K frames: [..., T, 2 K - 1] to [..., T, K].
+
+    Example:
+        >>> shift_late(torch.tensor([[1.0, 0.0, -1.0]]))  # the second of two frames
+        tensor([[1., 0.]])
+    """
+    length, size = scores.shape[-2], (scores.shape[-1] + 1) // 2
+    query = torch.arange(length, device=scores.device)[:, None]
+    index = length - 1 - query + torch.arange(size, device=scores.device)  # [T, K]
+    return scores.gather(-1, index.expand(*scores.shape[:-2], -1, -1))
 
 
 class Convolution(nn.Module):
@@ -146,10 +224,17 @@ class Convolution(nn.Module):
         self.norm = nn.BatchNorm1d(width) if norm == "batch" else nn.LayerNorm(width)
         self.pointwise_conv2 = nn.Conv1d(width, width, 1)
 
-    def forward(self, x: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        """[B, T, D] to the same; ``valid`` is bool [B, T]."""
-        h = F.glu(self.pointwise_conv1(x.transpose(1, 2)), 1)
-        h = self.depthwise_conv(F.pad(h.masked_fill(~valid[:, None], 0.0), (self.before, 0)))
+    def forward(
+        self, x: torch.Tensor, valid: torch.Tensor, cache: Cache | None = None
+    ) -> torch.Tensor:
+        """[B, T, D] to the same; ``valid`` is bool [B, T], the cache is renewed."""
+        h = F.glu(self.pointwise_conv1(x.transpose(1, 2)), 1).masked_fill(~valid[:, None], 0.0)
+        if cache is None:
+            h = F.pad(h, (self.before, 0))
+        else:
+            h = torch.cat([cache.convolved, h], 2)
+            cache.convolved = h[:, :, h.shape[2] - self.before :]
+        h = self.depthwise_conv(h)
         if isinstance(self.norm, nn.BatchNorm1d):
             h = self.norm(h)
         else:
@@ -193,16 +278,29 @@ class ConformerBlock(nn.Module):
         self.norm_out = nn.LayerNorm(width)
 
     def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, valid: torch.Tensor
+        self,
+        x: torch.Tensor,
+        positions: torch.Tensor,
+        mask: torch.Tensor,
+        valid: torch.Tensor,
+        cache: Cache | None = None,
     ) -> torch.Tensor:
-        """[B, T, D] to the same; see :class:`RelativeAttention` and :class:`Convolution`."""
+        """[B, T, D] to the same; see :class:`RelativeAttention` and :class:`Convolution`.
+
+        With a cache the frames go on where those before them ended, and the cache is renewed.
+        """
 
         def drop(y: torch.Tensor) -> torch.Tensor:
             return F.dropout(y, self.dropout, self.training)
 
         x = x + 0.5 * drop(self.feed_forward1(self.norm_feed_forward1(x)))
-        x = x + drop(self.self_attn(self.norm_self_att(x), positions, mask))
-        x = x + drop(self.conv(self.norm_conv(x), valid))
+        h = self.norm_self_att(x)
+        before = None if cache is None else cache.attended
+        x = x + drop(self.self_attn(h, positions, mask, before))
+        if cache is not None:
+            both = torch.cat([cache.attended, h], 1)
+            cache.attended = both[:, both.shape[1] - cache.attended.shape[1] :]
+        x = x + drop(self.conv(self.norm_conv(x), valid, cache))
         x = x + 0.5 * drop(self.feed_forward2(self.norm_feed_forward2(x)))
         y: torch.Tensor = self.norm_out(x)
         return y
@@ -412,6 +510,8 @@ class Conformer(nn.Module):
         *,
         prefix: torch.Tensor | None = None,
         between: Between | None = None,
+        limits: tuple[int, int] | None = None,
+        regular: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode.
 
@@ -420,6 +520,8 @@ class Conformer(nn.Module):
             frames: Valid frames [B].
             prefix: States [B, P, D] that precede the frames.
             between: Called with the number and the state of every block.
+            limits: L and R of :func:`limited_mask`; None looks as far as ``chunk`` allows.
+            regular: See there.
 
         Returns:
             States [B, P + T, D] and how many of each row are valid [B].
@@ -433,6 +535,9 @@ class Conformer(nn.Module):
         mask = valid[:, None, None] & valid[:, None, :, None]
         if self.chunk:
             mask = mask & chunk_mask(x.shape[1], self.chunk, x.device)
+        if limits is not None:
+            place = torch.arange(x.shape[1], device=x.device)
+            mask = mask & limited_mask(place, place, *limits, regular=regular)
         for number, layer in enumerate(self.layers, 1):
             x = layer(x, positions, mask, valid)
             if between is not None:
