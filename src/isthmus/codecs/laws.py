@@ -12,14 +12,15 @@ on an edge may fall to the other side, and the check of the symbols tells.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 
-from isthmus.codecs.rangecoder import TOTAL, Ints
+from isthmus.codecs.rangecoder import TOTAL, Decoder, Encoder, Ints
 from isthmus.errors import InvalidInputError
+from isthmus.models.code_lm import CodeLM, CodeState
 
 GRID = 256
 """Steps of a logit between two whole numbers."""
@@ -68,3 +69,73 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+class CodeCoder:
+    """Codes of several codebooks as bytes, packet after packet, along a model or evenly.
+
+    The writer takes the reader's own steps, frame by frame, so both meet the same numbers.
+
+    Args:
+        lm: The model; None spends the bits of even odds.
+        n_q: Codebooks used.
+        size: K.
+        batch: Channels.
+    """
+
+    def __init__(self, lm: CodeLM | None, n_q: int, size: int, batch: int = 1) -> None:
+        self.lm, self.n_q, self.size, self.batch = lm, n_q, size, batch
+        self.state = CodeState()
+
+    def encode(self, codes: torch.Tensor) -> bytes:
+        """Bytes of codes [n_q, B, T]."""
+        coder = Encoder()
+        flat = codes.permute(2, 0, 1).reshape(codes.shape[2], -1).numpy()  # [T, n_q B]
+        if self.lm is None:
+            coder.uniform(flat.reshape(-1), np.full(flat.size, self.size))
+        elif len(flat):
+            laws = []
+            for frame in codes.unbind(2):
+                laws.append(self._law())
+                self.state.last = frame
+            coder.rows(flat.reshape(-1), np.concatenate(laws))
+        return coder.finish()
+
+    def decode(self, data: bytes, frames: int) -> torch.Tensor:
+        """Codes [n_q, B, T] of bytes.
+
+        Raises:
+            BrokenFileError: They were not coded so.
+        """
+        coder = Decoder(data)
+        if self.lm is None:
+            flat = coder.uniform(np.full(frames * self.n_q * self.batch, self.size))
+            found = torch.from_numpy(flat).view(frames, self.n_q, self.batch)
+            return found.permute(1, 2, 0)
+        out = []
+        for _ in range(frames):
+            frame = torch.from_numpy(coder.rows(self._law())).view(self.n_q, self.batch)
+            self.state.last = frame
+            out.append(frame)
+        return torch.stack(out, 2)
+
+    def _law(self) -> Ints:
+        """Frequencies of the next frame, [n_q B, K]."""
+        assert self.lm is not None
+        with one_thread():
+            logits, self.state = self.lm.step(self.state, self.n_q, self.batch)
+        return frequencies(logits).reshape(-1, self.size)
+
+
+def packets(chunks: Iterable[torch.Tensor], length: int) -> Iterator[torch.Tensor]:
+    """Pieces [C, length], and a shorter one at the end."""
+    held: list[torch.Tensor] = []
+    for chunk in chunks:
+        held.append(chunk)
+        while sum(part.shape[1] for part in held) >= length:
+            joined = torch.cat(held, 1)
+            yield joined[:, :length]
+            held = [joined[:, length:]]
+    rest = torch.cat(held, 1) if held else torch.zeros(1, 0)
+    if rest.shape[1]:
+        yield rest

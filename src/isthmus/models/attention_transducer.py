@@ -115,6 +115,10 @@ class AttentionTransducer(nn.Module):
         self.from_sound, self.from_text = nn.Linear(width, joint), nn.Linear(width, joint)
         self.head = nn.Linear(joint, vocab)
         self.register_buffer("waves", sinusoidal(max_length, width).float(), persistent=False)
+        for module in (m for n, m in self.named_modules() if not n.startswith("encoder")):
+            if isinstance(module, nn.Linear):  # as the other text decoders here begin
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
 
     def ends(self, lengths: torch.Tensor, size: int) -> torch.Tensor:
         """How many frames are heard by the end of each chunk of T = ``size`` frames, [B, C].

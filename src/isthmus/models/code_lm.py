@@ -178,4 +178,5 @@ class CodeLM(nn.Module):
         return torch.stack(found).sum(0)
 
     def _logits(self, x: Tensor, n: int) -> Tensor:
-        return self.norm(x)[None] @ self.head[:n, None] + self.offset[:n, None, None]
+        wide: Tensor = self.norm(x)[None]  # [1, B, T, D]
+        return wide @ self.head[:n, None] + self.offset[:n, None, None]

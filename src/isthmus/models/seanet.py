@@ -143,7 +143,8 @@ class SkipLSTM(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, T] to the same."""
         t = x.permute(2, 0, 1)
-        return (self.lstm(t)[0] + t).permute(1, 2, 0)
+        y: Tensor = self.lstm(t)[0] + t
+        return y.permute(1, 2, 0)
 
     def step(self, x: Tensor, states: States, at: int) -> tuple[Tensor, int]:
         """A piece; the state of the cells is kept."""
@@ -237,7 +238,10 @@ class _Net(nn.Module):
             return x.new_zeros(len(x), last.conv.out_channels, 0), states
         states, at = list(states), 0
         for layer in self.layers:
-            x, at = layer.step(x, states, at) if hasattr(layer, "step") else (layer(x), at)
+            if isinstance(layer, Conv | TransposedConv | SkipLSTM | Residual):
+                x, at = layer.step(x, states, at)
+            else:
+                x = layer(x)
         return x, states
 
 
@@ -331,7 +335,7 @@ def folded(net: nn.Module) -> Any:
             assert isinstance(part, nn.Conv1d | nn.ConvTranspose1d)
             kind = nn.Conv1d if isinstance(part, nn.Conv1d) else nn.ConvTranspose1d
             sizes = (part.in_channels, part.out_channels, part.kernel_size, part.stride)
-            conv = nn.utils.skip_init(kind, *sizes, dilation=part.dilation)
+            conv: Any = kind(*sizes, dilation=part.dilation)  # type: ignore[arg-type]
             conv.weight, conv.bias = (
                 nn.Parameter(part.weight.detach().clone()),
                 copy.deepcopy(part.bias),

@@ -44,7 +44,7 @@ def multiscale_mel(
     truth: Tensor,
     rate: int,
     *,
-    sizes: Sequence[int] = tuple(2**i for i in range(5, 12)),
+    sizes: Sequence[int] = (32, 64, 128, 256, 512, 1024, 2048),
     mels: int = 64,
 ) -> Tensor:
     """L1 plus L2 distance of log-mel spectra, averaged over window lengths (equation 3).

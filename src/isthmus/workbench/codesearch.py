@@ -311,6 +311,15 @@ def leak(task: Task) -> float:
     return float(evaluate(task.qrels, hits, ["success@1"])["success@1"].mean())
 
 
+def bm25(task: Task) -> float:
+    """MRR@10 of BM25 (Lucene's, k1 1.2, b 0.75), the baseline of every table."""
+    index = SparseIndex()
+    index.add(list(task.documents), [bag(text) for text in task.documents.values()])
+    found = index.search([bag(query) for query in task.queries.values()], 10)
+    run = to_run(list(task.queries), found)
+    return float(evaluate(task.qrels, run, ["mrr@10"])["mrr@10"].mean())
+
+
 def pairs(part: Part) -> list[Pair]:
     """Queries and documents of :func:`text` and :func:`doc2code`, to train on.
 

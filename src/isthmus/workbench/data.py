@@ -139,6 +139,9 @@ SOURCES: dict[str, Source] = {
     "speech-series-few": Source("spoken", lambda: _series(60, 20), "a few of them"),
     "speech-dates": Source("spoken", lambda: _spoken("dates"), "spoken dates and their ISO form"),
     "speech-sentences": Source("spoken", lambda: _spoken("sentences"), "sentences of 36 words"),
+    "speech-docs": Source(
+        "spoken", lambda: _spoken("docs", 1500, 24), "sentences of documents, any words"
+    ),
     "speech-few": Source("spoken", lambda: _spoken("sentences", 60, 20), "a few of them"),
     "speech-multi": Source(
         "translated", lambda: _translated("multi", 3000, 200), "days in three languages"

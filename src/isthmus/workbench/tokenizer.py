@@ -4,7 +4,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from isthmus.errors import InvalidInputError
@@ -76,6 +84,26 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
         clean_up_tokenization_spaces=False,
         model_max_length=1024,
     )
+
+
+CLS, MASK = "<|cls|>", "<|mask|>"
+
+
+def masking_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """As :func:`train_tokenizer`, with a token before every text and one for what is hidden.
+
+    Args:
+        documents: Training texts.
+        vocab_size: Number of tokens, these two included.
+    """
+    tokenizer = train_tokenizer(documents, vocab_size - 2)
+    tokenizer.add_special_tokens({"cls_token": CLS, "mask_token": MASK})
+    first = tokenizer.convert_tokens_to_ids(CLS)
+    backend: Any = tokenizer.backend_tokenizer
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{CLS} $A", special_tokens=[(CLS, first)]
+    )
+    return tokenizer
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:

@@ -6,7 +6,10 @@ Idea: A large transformer reads a text patch by patch and a small one writes the
     so the large feed-forwards run once a patch and attention is over patches.
 Differs: Text alone, of 256 bytes, an end and a pad; images and sound are left out. RMSNorm, no
     biases in the layers. The batch and the layers of the local model at paper scale are not
-    certain. Draft tokens may be scored in chains, which the paper does not do.
+    certain. Draft tokens may be scored in chains, which the paper does not do. At a million
+    parameters and a million bytes it writes 1.6 times as fast as a flat model of equal training
+    FLOPs but needs 0.13 bits a byte more, and strided inference does not help: the first byte of
+    a patch is the dearest, for one local layer has only the global state to go by.
 
     h = global(pad, patch_1 .. patch_(K-1))                                  (section 2.2)
     p(x_(k,p) | before) = local(h_(k,p) + embedding of x_(k,p-1))             (section 2.2)

@@ -1,0 +1,82 @@
+"""How far decoded sound is from what was coded."""
+
+from __future__ import annotations
+
+import torch
+
+from isthmus.errors import InvalidInputError
+from isthmus.signals.features import mel_filters
+
+
+def log_mel_distance(estimate: torch.Tensor, truth: torch.Tensor, rate: int = 16_000) -> float:
+    """Distance of mel spectra in decibels: over the bands of a frame by squares, then the mean.
+
+    Spectra of 64 bands from windows of 32 ms every 8 ms; power more than 60 dB below the loudest
+    band of the truth counts as 60 dB below.
+
+    Args:
+        estimate: [N].
+        truth: [N], not silent.
+        rate: Hz.
+
+    Returns:
+        Decibels; 0 for equal sounds.
+
+    Raises:
+        InvalidInputError: The lengths differ, or the truth is silent.
+
+    Example:
+        >>> x = torch.randn(8000)
+        >>> log_mel_distance(x, x), round(log_mel_distance(x / 10**0.5, x), 2)
+        (0.0, 10.0)
+    """
+    if estimate.shape != truth.shape or truth.ndim != 1:
+        raise InvalidInputError(
+            f"both sounds are [N], got {list(estimate.shape)} and {list(truth.shape)}"
+        )
+    if not truth.any():
+        raise InvalidInputError("a silent sound has no log-mel distance; leave it out")
+    size = 1 << round(0.032 * rate).bit_length() - 1
+    found = torch.stack([estimate, truth]).double()
+    window = torch.hann_window(size, dtype=torch.float64)
+    spectrum = torch.stft(found, size, size // 4, window=window, return_complex=True)
+    power = mel_filters(64, size, rate) @ spectrum.abs().square()  # [2, M, T]
+    decibels = 10 * power.clamp(min=float(power[1].max()) * 1e-6).log10()
+    return float((decibels[0] - decibels[1]).square().mean(0).sqrt().mean())
+
+
+def aligned(
+    estimate: torch.Tensor, truth: torch.Tensor, most: int = 4000
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Two sounds where they overlap, the first moved to where it fits best.
+
+    A delay of one sample ruins a ratio of signal to distortion, and coders have delays.
+
+    Args:
+        estimate: [N].
+        truth: [M].
+        most: Longest delay, to either side, in samples.
+
+    Returns:
+        Both, of one length; and how much later the estimate was.
+
+    Raises:
+        InvalidInputError: Nothing is left of one of them.
+
+    Example:
+        >>> x = torch.randn(900)
+        >>> a, b, late = aligned(torch.cat([torch.zeros(7), x]), x)
+        >>> torch.equal(a, b), late
+        (True, 7)
+    """
+    length = len(estimate) + len(truth)
+    spectra = torch.fft.rfft(estimate.double(), length), torch.fft.rfft(truth.double(), length)
+    fit = torch.fft.irfft(spectra[0] * spectra[1].conj(), length)
+    most = min(most, length // 2 - 1)
+    lags = torch.cat([torch.arange(most + 1), torch.arange(-most, 0)])
+    late = int(lags[fit[lags].argmax()])
+    a, b = (estimate[late:], truth) if late >= 0 else (estimate, truth[-late:])
+    both = min(len(a), len(b))
+    if not both:
+        raise InvalidInputError("the sounds have no sample in common")
+    return a[:both], b[:both], late

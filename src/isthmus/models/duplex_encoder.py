@@ -1,0 +1,176 @@
+"""A text as two halves, a short dense vector and its words, and how both are pretrained.
+
+::
+
+    first state ──linear──▶ dense [B, E], length 1          pretrained to rebuild the text
+    other states ──head──max──log(1 + u)──▶ sparse [B, V]   pretrained to predict the bag of words
+
+After Xiao et al., "RetroMAE v2", 2022 (arXiv 2211.08769).
+
+>>> halves(torch.tensor([[0.0, 3.0, -5.0]]))  # one word alone is above zero
+tensor([[0., 1., 0.]])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+
+from isthmus.errors import InvalidInputError
+from isthmus.models.bottleneck import EnhancedDecoder, bag_loss, enhanced_mask, word_scores
+from isthmus.models.embedder import Dense
+
+Search = Literal["both", "dense", "sparse"]
+
+
+def halves(scores: torch.Tensor) -> torch.Tensor:
+    """Scores u [B, V] as the sparse half: ``log(1 + u)`` of what is positive, length 1."""
+    return F.normalize(scores.clamp(min=0).log1p(), dim=-1)
+
+
+def corrupted(
+    ids: torch.Tensor,
+    present: torch.Tensor,
+    words: torch.Tensor,
+    *,
+    mask_id: int,
+    encoder_rate: float = 0.3,
+    decoder_rate: float = 0.5,
+    generator: torch.Generator | None = None,
+) -> dict[str, torch.Tensor]:
+    """A batch of pretraining: whole words hidden from the encoder, places from the decoder.
+
+    Args:
+        ids: Tokens [B, T].
+        present: Which are no padding, bool [B, T].
+        words: Number of the word that a token belongs to, int64 [B, T]; -1 is never hidden.
+        mask_id: What stands in place of a hidden token.
+        encoder_rate: Share of words hidden.
+        decoder_rate: See :func:`~isthmus.models.bottleneck.enhanced_mask`.
+        generator: Source of the draws.
+
+    Example:
+        >>> batch = corrupted(torch.tensor([[5, 6, 7]]), torch.ones(1, 3, dtype=torch.bool),
+        ...                   torch.tensor([[-1, 0, 0]]), mask_id=1, encoder_rate=1.0)
+        >>> batch["shown"].tolist()
+        [[5, 1, 1]]
+    """
+    drawn = torch.rand(len(ids), int(words.max()) + 2, generator=generator)
+    hidden = (drawn.gather(1, words + 1) < encoder_rate) & (words >= 0)
+    return {
+        "ids": ids,
+        "present": present,
+        "hidden": hidden,
+        "shown": ids.masked_fill(hidden, mask_id),
+        "seen": enhanced_mask(present, decoder_rate, generator=generator),
+    }
+
+
+class DuplexEncoder(nn.Module):
+    """Encoder with its head, the weak decoder, and the layer that shortens the first token.
+
+    Args:
+        vocab_size: Tokens V; id 0 pads.
+        dimension: Numbers E of the dense half.
+        hidden_size: Width D.
+        num_layers: Layers.
+        num_heads: Attention heads.
+        max_length: Longest text in tokens.
+        decoder: Whether the first token has to rebuild the text.
+        bag: Whether the other tokens have to predict the bag of words.
+        search: Halves of the vector that are searched with.
+
+    Raises:
+        InvalidInputError: There is no such half.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        *,
+        dimension: int,
+        hidden_size: int = 768,
+        num_layers: int = 12,
+        num_heads: int = 12,
+        max_length: int = 512,
+        decoder: bool = True,
+        bag: bool = True,
+        search: Search = "both",
+    ) -> None:
+        super().__init__()
+        if search not in get_args(Search):
+            raise InvalidInputError(f"search must be both, dense or sparse, got {search!r}")
+        self.rebuilds, self.bag, self.search, width = decoder, bag, search, hidden_size
+        self.lm: Any = transformers.BertForMaskedLM(
+            transformers.BertConfig(
+                vocab_size=vocab_size,
+                hidden_size=width,
+                num_hidden_layers=num_layers,
+                num_attention_heads=num_heads,
+                intermediate_size=4 * width,
+                max_position_embeddings=max_length,
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
+                pad_token_id=0,
+            )
+        )
+        self.decoder = EnhancedDecoder(width, num_heads)
+        self.dense = Dense(width, dimension, bias=False)
+
+    def states(self, ids: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+        """States [B, T, D] of tokens [B, T]."""
+        out = self.lm.bert(input_ids=ids, attention_mask=present.long())
+        found: torch.Tensor = out.last_hidden_state
+        return found
+
+    def vectors(self, ids: torch.Tensor, present: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Dense [B, E] and sparse half [B, V] of texts; one that is not searched with is empty."""
+        states, which = self.states(ids, present), self.search
+        dense = states.new_zeros(len(ids), 0)
+        sparse = dense
+        if which != "sparse":
+            dense = F.normalize(self.dense(states[:, 0]), dim=-1)
+        if which != "dense":
+            counted = present.clone()
+            counted[:, 0] = False
+            sparse = halves(word_scores(states, counted, self.lm.cls))
+        return dense, sparse
+
+    def losses(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Mean L_e over hidden tokens, L_d over all, and L_b over texts."""
+        ids, present, hidden = batch["ids"], batch["present"], batch["hidden"]
+        states = self.states(batch["shown"], present)
+        counted = present.clone()
+        counted[:, 0] = False
+        found = {"encoder": _cross_entropy(self.lm.cls(states[hidden]), ids[hidden])}
+        if self.rebuilds:
+            embed = self.lm.bert.embeddings
+            places = embed.position_embeddings.weight[: ids.shape[1]]
+            places = F.layer_norm(places, places.shape[-1:])
+            rebuilt = self.decoder(states[:, 0], embed(input_ids=ids), places, batch["seen"])
+            inside = counted[:, 1:]
+            found["decoder"] = _cross_entropy(self.lm.cls(rebuilt[inside]), ids[:, 1:][inside])
+        if self.bag:
+            scores = word_scores(states, counted, self.lm.cls)
+            found["bag"] = bag_loss(scores, ids, counted) / len(ids)
+        return found
+
+    def forward(self, batch: Mapping[str, torch.Tensor]) -> Any:
+        """:meth:`losses` of a batch of pretraining, else the score of every query and document."""
+        if "seen" in batch:
+            return self.losses(batch)
+        queries, documents = (
+            self.vectors(batch[f"{side}_ids"], batch[f"{side}_present"])
+            for side in ("query", "document")
+        )
+        # eq. 10: the dense product and that of the words that both have
+        return sum(q @ d.T for q, d in zip(queries, documents, strict=True))
+
+
+def _cross_entropy(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits, ids, reduction="sum") / max(len(ids), 1)

@@ -1,0 +1,1 @@
+"""Codecs of sound and speech."""

@@ -1,0 +1,148 @@
+"""RetroMAE v2: both halves, what pretraining hides, and the folder it writes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from isthmus.errors import BrokenFileError, InvalidInputError
+from isthmus.models.duplex_encoder import corrupted
+from isthmus.models.embedder import Embedder
+from isthmus.systems.retrieval.retromae2 import ARMS, TINY, Retromae2
+from isthmus.training.data import Data, Pair
+from isthmus.training.loop import Plan
+from isthmus.training.system import train
+
+WORDS = ["socket", "file", "path", "thread", "queue", "regex", "parser", "token", "clock", "mail"]
+PAIRS = [
+    Pair(f"how to use a {a} with {b}", f"the {a} is opened and then the {b} is read, number {i}")
+    for i, (a, b) in enumerate((a, b) for a in WORDS for b in WORDS if a != b)
+]
+DATA = Data(PAIRS[:70], PAIRS[70:], "made up")
+SETTINGS = replace(TINY, pretrain_steps=15)
+PLAN = Plan(60, learning_rate=3e-3, validate_every=15)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    out = tmp_path_factory.mktemp("made") / "system"
+    train(Retromae2, DATA, SETTINGS, PLAN, out=out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def system(out) -> Retromae2:
+    return Retromae2.from_pretrained(out)
+
+
+def _new(arm: str) -> Retromae2:
+    torch.manual_seed(0)
+    return Retromae2.untrained(replace(TINY, **ARMS[arm]), DATA)
+
+
+def test_it_learns(system: Retromae2) -> None:
+    curve = system.record["validation"]
+    assert curve[-1]["mrr@10"] > curve[0]["mrr@10"] + 0.1
+
+
+@pytest.mark.parametrize(
+    ("arm", "losses"),
+    [
+        ("mlm", {"encoder"}),
+        ("v1", {"encoder", "decoder"}),
+        ("bag", {"encoder", "bag"}),
+        ("duplex", {"encoder", "decoder", "bag"}),
+    ],
+)
+def test_an_arm_has_its_own_losses(arm: str, losses: set[str]) -> None:
+    learner = _new(arm).learner(DATA, PLAN)
+    loss = learner.loss(learner.batch(0))
+    assert set(loss.sums) == losses
+    weights = {"bag": TINY.bag_weight}
+    total = sum(weights.get(n, 1.0) * float(v) for n, v in loss.sums.items())
+    assert float(loss.total.detach()) == pytest.approx(total, rel=1e-5)
+
+
+def test_only_the_decoder_teaches_the_first_token_to_know_the_text() -> None:
+    """With masks alone, no loss reaches the last layer's state of the first token."""
+    for arm, reached in (("mlm", False), ("bag", False), ("v1", True)):
+        module = _new(arm).module
+        learner = _new(arm).learner(DATA, PLAN)
+        kept = []
+        states = module.states
+        module.states = lambda *args, f=states, k=kept: k.append(f(*args)) or k[-1]
+        losses = module.losses(learner.batch(0))
+        (gradient,) = torch.autograd.grad(sum(losses.values()), kept)
+        assert bool((gradient[:, 0] != 0).any()) is reached
+
+
+def test_whole_words_are_hidden_and_the_first_token_never() -> None:
+    words = torch.tensor([[-1, 0, 0, 1, 2, 2, 2, -1]]).repeat(400, 1)
+    ids = torch.arange(8).repeat(400, 1) + 10
+    batch = corrupted(
+        ids,
+        words >= -1,
+        words,
+        mask_id=1,
+        encoder_rate=0.3,
+        generator=torch.Generator().manual_seed(0),
+    )
+    hidden = batch["hidden"]
+    assert torch.equal(hidden[:, 1], hidden[:, 2]) and not hidden[:, [0, 7]].any()
+    assert torch.equal(hidden[:, 4], hidden[:, 6])
+    assert float(hidden[:, 3].float().mean()) == pytest.approx(0.3, abs=0.08)
+    assert (batch["shown"][hidden] == 1).all()
+    assert torch.equal(batch["shown"][~hidden], ids[~hidden])
+
+
+def test_a_score_is_the_sum_of_both_products(system: Retromae2) -> None:
+    documents = {str(i): p.target for i, p in enumerate(PAIRS)}
+    system.index(documents)
+    query = PAIRS[3].source
+    found = system.search({"q": query})["q"]
+    dense, sparse = system.encode([query, documents["3"]])
+    overlap = sum(v * sparse[1].get(t, 0.0) for t, v in sparse[0].items())
+    assert found["3"] == pytest.approx(float(dense[0] @ dense[1]) + overlap, abs=1e-5)
+    assert max(len(s) for s in sparse) <= SETTINGS.terms
+    alone = system.encode([query])[0][0]
+    np.testing.assert_allclose(alone, dense[0], atol=1e-5)  # padding changes nothing
+
+
+@pytest.mark.parametrize("arm", list(ARMS))
+def test_every_arm_is_written_and_read(arm: str, tmp_path) -> None:
+    """The half that is not searched with has an empty index, and none on disk."""
+    made = _new(arm)
+    made.index({str(i): p.target for i, p in enumerate(PAIRS)})
+    made.save_pretrained(tmp_path / "s")
+    again = Retromae2.from_pretrained(tmp_path / "s")
+    assert again.search({"q": "a queue"}) == made.search({"q": "a queue"})
+    assert len(again.search({"q": "a queue"})["q"]) == len(PAIRS)
+
+
+def test_its_folder_is_an_embedding_model(system: Retromae2, out) -> None:
+    texts = [p.target for p in PAIRS[:5]]
+    expected = system.encode(texts)[0]
+    np.testing.assert_allclose(Embedder.from_pretrained(out).encode(texts), expected, atol=1e-5)
+    theirs = pytest.importorskip("sentence_transformers").SentenceTransformer(
+        str(out), device="cpu"
+    )
+    np.testing.assert_allclose(theirs.encode(texts), expected, atol=1e-5)
+
+
+def test_it_answers_and_refuses(system: Retromae2, out, tmp_path) -> None:
+    system.index({"a": "the mail", "b": "the queue"})
+    answer = system.run("queue")
+    assert {h["id"] for h in answer.record["hits"]} == {"a", "b"}
+    json.dumps(answer.record)
+    with pytest.raises(InvalidInputError, match="empty"):
+        system.run(" ")
+    with pytest.raises(InvalidInputError, match="search must be"):
+        Retromae2.untrained(replace(TINY, search="all"), DATA)
+    system.save_pretrained(tmp_path / "s")
+    (tmp_path / "s" / "rest.safetensors").unlink()
+    with pytest.raises(BrokenFileError):
+        Retromae2.from_pretrained(tmp_path / "s")
