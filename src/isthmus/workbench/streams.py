@@ -47,4 +47,4 @@ def multiply_adds(work: Callable[[], object]) -> float:
     """
     with FlopCounterMode(display=False) as counter:
         work()
-    return counter.get_total_flops() / 2
+    return float(counter.get_total_flops() / 2)
