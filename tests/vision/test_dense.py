@@ -12,7 +12,15 @@ from torch import nn
 from isthmus.errors import InvalidInputError
 from isthmus.metrics.segmentation import Confusion, trimap
 from isthmus.models.residual import ResidualNet
-from isthmus.nn.dense import ASPP, SeparableConv2d, SkipDecoder, conv, make_atrous, upsample
+from isthmus.nn.dense import (
+    ASPP,
+    PointwiseConv2d,
+    SeparableConv2d,
+    SkipDecoder,
+    conv,
+    make_atrous,
+    upsample,
+)
 
 
 def settled(module: nn.Module) -> nn.Module:
@@ -140,3 +148,11 @@ def test_trimap_against_dilation_of_every_class() -> None:
         box = np.ones((2 * width + 1,) * 2)
         near = sum(ndimage.binary_dilation(mask[0].numpy() == c, box).astype(int) for c in range(3))
         assert np.array_equal(trimap(mask, width)[0].numpy(), near > 1)
+
+
+def test_a_strided_pointwise_convolution_is_torchs_own():
+    mine = PointwiseConv2d(3, 5, 1, stride=2)
+    torchs = nn.Conv2d(3, 5, 1, stride=2)
+    torchs.load_state_dict(mine.state_dict())
+    x = torch.randn(2, 3, 7, 6, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(mine(x), torchs(x), atol=1e-6)

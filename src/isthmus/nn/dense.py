@@ -14,6 +14,19 @@ from torch.nn import functional as F
 from isthmus.errors import InvalidInputError
 
 
+class PointwiseConv2d(nn.Conv2d):
+    """A convolution of single pixels; with a stride, of those pixels alone.
+
+    The gradient of torch's own strided one writes beyond its buffers on CPUs with AVX-512 (oneDNN
+    in torch 2.13), so the pixels are chosen first.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pixels [B, C, H, W] to [B, C', H / stride, W / stride], rounded up."""
+        down, across = self.stride
+        return F.conv2d(x[..., ::down, ::across], self.weight, self.bias, groups=self.groups)
+
+
 def conv(
     inputs: int,
     outputs: int,
@@ -31,8 +44,9 @@ def conv(
         torch.Size([1, 4, 9, 9])
     """
     reach = dilation * (kernel - 1) // 2
+    kind = PointwiseConv2d if kernel == 1 else nn.Conv2d
     parts: list[nn.Module] = [
-        nn.Conv2d(inputs, outputs, kernel, stride, reach, dilation, groups, bias=False),
+        kind(inputs, outputs, kernel, stride, reach, dilation, groups, bias=False),
         nn.BatchNorm2d(outputs),
     ]
     return nn.Sequential(*parts, *([nn.ReLU(inplace=True)] if act else []))

@@ -8,6 +8,8 @@ Differs: A bias is a term of its own and no edge. Feed-forwards are one term; th
     told apart. Layers that normalise after adding, or that compute attention and feed-forward side
     by side, are refused.
 
+::
+
     y = sum_j z_j,   proximity(z_j, y) = max(|y|_1 - |y - z_j|_1, eps),   importance = its share
 
     I_{l-1,t} ──────────────▶ A_{l,t} ──────────────▶ I_{l,t}      residuals
@@ -384,7 +386,6 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
         notes=(
             "a head's importance is what of the prediction goes through it; the sum over a route's "
             "edges, tried first, counts a layer once for every position and found 1 of the 2",
-            "planted: two heads of the last layer look alike and write large opposites",
             f"cost of leaving out, nats a token: {_grid(cost)}",
             f"carried: {_grid(ours)}; beside two that cancel: {_grid(ours_planted)}; there by size "
             f"alone: {_grid(theirs_planted)}",

@@ -10,6 +10,8 @@ Differs: The decoder writes characters instead of 16,000 pieces, in one language
     a small one starts from an encoder that CTC alone has taught. Memory is counted in bytes that
     autograd keeps, so batches are the same on every machine.
 
+::
+
     seconds x tokens ─▶ 2-D buckets ─▶ rows of each by measurement ─▶ one bucket a step
     features ─▶ FastConformer x E ─┬─▶ CTC: words (training)
                                    └─▶ decoder x D, keys and values kept ─▶ characters

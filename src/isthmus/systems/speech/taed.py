@@ -10,6 +10,8 @@ Differs: Units are characters. The pre-trained speech encoder and text decoder a
     of the decoder's own loss are not taken from the paper's tables. A stream encodes the sound
     again from its start whenever a chunk is complete: nothing is cached, and nothing differs.
 
+::
+
     frames ─▶ Conformer ─▶ h_t ───────────────┬─▶ W tanh(W_h h_t + W_s s) ─▶ read on, or a token
                  h up to the end of t's chunk │
     tokens so far ─▶ decoder ─▶ s_{c(t), u} ──┘
