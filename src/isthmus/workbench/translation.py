@@ -7,7 +7,8 @@ that is not timed; medians are reported. Encoder time counts, loading and tokeni
 sentence at a time (latency) and batches (throughput) are cells of their own, for an engine may be
 fast at one of them only.
 
-CTranslate2 runs in a process of its own and looks at the clock there (:mod:`isthmus.workbench.peers`).
+CTranslate2 runs in a process of its own and looks at the clock there
+(:mod:`isthmus.workbench.peers`).
 """
 
 from __future__ import annotations
