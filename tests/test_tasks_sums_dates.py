@@ -302,5 +302,6 @@ def test_fingerprints_of_tasks_follow_their_data(monkeypatch):
 
 def test_the_recipes_are_there():
     tasks = {n: r for n, r in reference.RECIPES.items() if isinstance(r, TaskRecipe)}
-    assert set(tasks) == {"sums-l", "sums-s", "dates", "dates-s", "korean", "slots"}
+    expected = {"sums-l", "sums-s", "dates", "dates-deep", "dates-s", "korean", "slots"}
+    assert set(tasks) == expected
     assert all(len(r.tokenizer()) == r.vocab_size for r in tasks.values())
