@@ -109,8 +109,12 @@ def test_what_cannot_be_timed_is_refused(
     ],
 )
 def test_bad_words_are_one_line(
-    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    words: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(peers, "_beside", lambda name: False)  # nor a word of what is not installed
     assert main(["bench", "translate", *words]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1

@@ -65,10 +65,6 @@ def translate(
     if threads:
         torch.set_num_threads(threads)
     chosen = list(engines) or bench.engines()
-    if not engines and not peers.available(bench.PEER):
-        console(stderr=True).print(
-            f"without {bench.PEER}: isthmus bench peers --install {bench.PEER}"
-        )
     tables = []
     with console(stderr=True).status("") as status:
         for name in (model,) if model else layers or ("12-1", "6-6"):
@@ -90,6 +86,10 @@ def translate(
             )
             rights = [_right(cell.tokens, targets, tokenizer) for cell in cells]
             tables.append((name, cells, rights))
+    if not engines and not peers.available(bench.PEER):
+        console(stderr=True).print(
+            f"without {bench.PEER}: isthmus bench peers --install {bench.PEER}"
+        )
     if json:
         models = [
             {
