@@ -31,7 +31,8 @@ def overlaps(offsets: Sequence[tuple[int, int]], spans: Sequence[range]) -> torc
     """
     first, last = torch.tensor(offsets).T
     begin, end = torch.tensor([[s.start, s.stop] for s in spans]).T
-    return (first[:, None] < end) & (last[:, None] > begin) & (last > first)[:, None]
+    found: torch.Tensor = (first[:, None] < end) & (last[:, None] > begin)
+    return found & (last > first)[:, None]
 
 
 def alignment_error(network: EncoderDecoder, tokenizer: Any, examples: Sequence[Example]) -> float:
