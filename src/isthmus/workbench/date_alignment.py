@@ -29,8 +29,8 @@ def overlaps(offsets: Sequence[tuple[int, int]], spans: Sequence[range]) -> torc
         >>> overlaps([(0, 2), (2, 3), (3, 3)], [range(1, 3)]).flatten().tolist()
         [True, True, False]
     """
-    first, last = torch.tensor(offsets).T
-    begin, end = torch.tensor([[s.start, s.stop] for s in spans]).T
+    first, last = torch.tensor(offsets).unbind(1)
+    begin, end = torch.tensor([[s.start, s.stop] for s in spans]).unbind(1)
     found: torch.Tensor = (first[:, None] < end) & (last[:, None] > begin)
     return found & (last > first)[:, None]
 
