@@ -584,6 +584,22 @@ class Index(Protocol):
         ...
 
 
+@runtime_checkable
+class TermWeigher(Protocol):
+    """Says which terms a text stands for, and how much: what a sparse index takes besides counts.
+
+    Attributes:
+        searched: ``dense``, ``sparse`` or both: what of it is fit to be searched with. The dense
+            half is that of an embedding model; the scores of both are added up.
+    """
+
+    searched: tuple[str, ...]
+
+    def weigh(self, texts: Sequence[str], side: str = "document") -> list[dict[str, float]]:
+        """Weights by term of every text, none negative; the side is ``query`` or ``document``."""
+        ...
+
+
 @dataclass
 class Loss:
     """What one batch taught.

@@ -9,7 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from isthmus.errors import BrokenFileError, InvalidInputError
+from isthmus.cli.main import main
+from isthmus.errors import BrokenFileError, InvalidInputError, MismatchError
+from isthmus.indexes.collection import Collection
+from isthmus.indexes.fusion import fuse
+from isthmus.indexes.sparse import SparseIndex, bag
 from isthmus.models.duplex_encoder import corrupted
 from isthmus.models.embedder import Embedder
 from isthmus.systems.retrieval.retromae2 import ARMS, TINY, Retromae2
@@ -47,6 +51,7 @@ def _new(arm: str) -> Retromae2:
 def test_it_learns(system: Retromae2) -> None:
     curve = system.record["validation"]
     assert curve[-1]["mrr@10"] > curve[0]["mrr@10"] + 0.1
+    assert len(system.documents) == len(PAIRS)  # not those of the last validation alone
 
 
 @pytest.mark.parametrize(
@@ -131,6 +136,53 @@ def test_its_folder_is_an_embedding_model(system: Retromae2, out) -> None:
         str(out), device="cpu"
     )
     np.testing.assert_allclose(theirs.encode(texts), expected, atol=1e-5)
+
+
+def test_a_collection_is_searched_with_both_halves(
+    system: Retromae2, out, tmp_path, capsys
+) -> None:
+    """The model's own scores, and those fused with BM25 by reciprocal ranks."""
+    documents = {str(i): p.target for i, p in enumerate(PAIRS)}
+    rows = [json.dumps({"id": i, "text": text}) for i, text in documents.items()]
+    (tmp_path / "d.jsonl").write_text("\n".join(rows))
+    made, query = str(tmp_path / "index"), "how to use a queue"
+    assert main(["index", str(tmp_path / "d.jsonl"), "-o", made, "-m", str(out)]) == 0
+    found = {}
+    for mode in ("learned", "dense", "auto"):
+        capsys.readouterr()
+        assert main(["search", made, query, "--mode", mode, "-k", "90", "--json"]) == 0
+        hits = json.loads(capsys.readouterr().out)["hits"]
+        found[mode] = {h["id"]: h["score"] for h in hits}
+    system.index(documents)
+    (asked,), texts = system.weigh([query]), system.weigh(list(documents.values()))
+    overlap = {
+        i: sum(v * text.get(t, 0.0) for t, v in asked.items())
+        for i, text in zip(documents, texts, strict=True)
+    }
+    assert found["learned"] == pytest.approx({i: v for i, v in overlap.items() if v > 0}, abs=1e-5)
+    own = system.search({"": query})
+    assert found["dense"] == pytest.approx({i: own[""][i] - overlap[i] for i in own[""]}, abs=1e-5)
+    words = SparseIndex()
+    words.add(list(documents), [bag(text) for text in documents.values()])
+    ids, scores = words.search([bag(query)], len(documents))
+    bm25 = {i: float(v) for i, v in zip(ids[0], scores[0], strict=True) if v > 0}
+    assert found["auto"] == pytest.approx(fuse([{"": bm25}, own], method="rrf")[""])
+
+
+def test_a_collection_of_one_half_has_no_other(tmp_path) -> None:
+    def weigh(texts, side):
+        return [{"length": float(len(text))} for text in texts]
+
+    Collection({"a": "one", "b": "three"}, weigh=weigh, model="lengths").save(tmp_path / "c")
+    again = Collection.load(tmp_path / "c", lambda name: None, lambda name: weigh)
+    assert [h.id for h in again.search("x")] == ["b", "a"] and again.dense is None
+    with pytest.raises(InvalidInputError, match="no vectors"):
+        again.search("x", mode="dense")
+    with pytest.raises(MismatchError, match="lengths makes other"):
+        Collection.load(tmp_path / "c", None, lambda name: lambda t, s: [{"length": 1.0}] * len(t))
+    Collection({"a": "one"}).save(tmp_path / "words")
+    with pytest.raises(InvalidInputError, match="no learned weights"):
+        Collection.load(tmp_path / "words").search("x", mode="learned")
 
 
 def test_it_answers_and_refuses(system: Retromae2, out, tmp_path) -> None:

@@ -135,6 +135,11 @@ def test_equal_parameters_and_layers_moved() -> None:
 
 def test_words_that_are_heard_and_letters_that_are_not_known() -> None:
     assert heard("Ten, two; one!") == "ten two one"
+    spelt = made(replace(TINY, spell=True))
+    assert spelt.words.words == tuple("_enotw") and made().words.words == ("one", "ten", "two")
+    learner = spelt.learner(DATA, Plan(4))
+    told, text = learner._told(learner.valid, learner.valid.of([3])), heard(DATA.valid[3].text)
+    assert spelt.words.decode(told.words[0].tolist()) == " ".join(text.replace(" ", "_"))
     with pytest.raises(InvalidInputError, match="has 'z'"):
         made().letters.encode("z")
 

@@ -12,6 +12,7 @@ from cyclopts import Parameter
 
 from isthmus.cli.output import console, print_json, quiet_transformers
 from isthmus.errors import BrokenFileError, InvalidInputError, UnknownNameError
+from isthmus.roles import TermWeigher
 
 
 def embed(
@@ -75,6 +76,8 @@ def index(
 ) -> int:
     """Make documents searchable, by words (BM25) and, with a model, by meaning.
 
+    A model that weighs terms, such as a trained retromae2, adds an index of these.
+
     Args:
         paths: Files or folders of documents: .txt .md .rst .py (one each), .jsonl with a field
             "text" and perhaps "id" a line.
@@ -93,8 +96,8 @@ def index(
     if graph and not model:
         raise InvalidInputError("--graph is for vectors; give a --model, too")
     name = str(Path(model).resolve()) if model and Path(model).is_dir() else model
-    embedding = _function(model) if model else None
-    Collection(documents, embedding, model=name, graph=graph).save(out)
+    embedding, weighing = (_vectors(model), _terms(model)) if model else (None, None)
+    Collection(documents, embedding, weigh=weighing, model=name, graph=graph).save(out)
     print(f"{len(documents)} documents in {out}", file=sys.stderr)
     return 0
 
@@ -105,7 +108,7 @@ def search(
     /,
     *,
     k: Annotated[int, Parameter(name=["--top", "-k"])] = 10,
-    mode: Literal["auto", "sparse", "dense", "hybrid"] = "auto",
+    mode: Literal["auto", "sparse", "dense", "learned", "hybrid"] = "auto",
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
     """Find the documents that answer a query.
@@ -114,7 +117,8 @@ def search(
         folder: Folder made by isthmus index.
         query: What is looked for; - reads it from standard input.
         k: Documents to show at most.
-        mode: sparse (BM25), dense (vectors), hybrid (both); auto is hybrid where there are vectors.
+        mode: sparse (BM25), dense (vectors), learned (terms that the model weighs), hybrid (all
+            that are there); auto is hybrid where there is a model.
         json: Print one JSON object and nothing else on standard output.
     """
     from isthmus.indexes.collection import Collection
@@ -122,7 +126,8 @@ def search(
     if k < 1:
         raise InvalidInputError(f"--top must be at least 1, got {k}")
     query = sys.stdin.read() if query == "-" else query
-    collection = Collection.load(folder, None if mode == "sparse" else _function)
+    makers = () if mode == "sparse" else (_vectors, _terms)
+    collection = Collection.load(folder, *makers)
     hits = collection.search(query, k, mode=mode)
     if json:
         rows = [{"id": h.id, "score": h.score, "text": h.text} for h in hits]
@@ -180,8 +185,22 @@ def _embedder(model: str) -> Any:
     return Embedder.from_pretrained(folder)
 
 
-def _function(model: str) -> Callable[[Sequence[str], str], Any]:
+def _weigher(model: str) -> TermWeigher | None:
+    """The trained system in a folder, where it weighs terms."""
+    from isthmus import registry
+    from isthmus.training.system import CONFIG, read_config
+
+    if not (Path(model) / CONFIG).is_file():
+        return None
+    kind: Any = registry.load(read_config(Path(model))["system"])
+    return kind.from_pretrained(model) if hasattr(kind, "weigh") else None
+
+
+def _vectors(model: str) -> Callable[[Sequence[str], str], Any] | None:
     """What makes vectors of texts; prompts named query, document or passage are used."""
+    weigher = _weigher(model)
+    if weigher is not None and "dense" not in weigher.searched:
+        return None
     embedder = _embedder(model)
 
     def vectors(texts: Sequence[str], side: str) -> Any:
@@ -190,6 +209,12 @@ def _function(model: str) -> Callable[[Sequence[str], str], Any]:
         return embedder.encode(texts, prompt_name=name)
 
     return vectors
+
+
+def _terms(model: str) -> Callable[[Sequence[str], str], Any] | None:
+    """What weighs the terms of texts."""
+    weigher = _weigher(model)
+    return weigher.weigh if weigher is not None and "sparse" in weigher.searched else None
 
 
 def _write_array(out: Path, vectors: Any) -> None:

@@ -67,6 +67,33 @@ class Lexicon:
         table[source[among], rank[among]] = target[among]
         return table
 
+    def posteriors(self, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Which source token each target token comes from, [B, T, S]; model 1's expectation.
+
+        Args:
+            source: int64 [B, S].
+            target: int64 [B, T].
+
+        Returns:
+            Rows of sum 1; 0 where the lexicon has none of the pairs.
+
+        Example:
+            >>> lexicon = Lexicon(torch.tensor([4, 5]), torch.tensor([7, 7]),
+            ...                   torch.tensor([0.6, 0.2]))
+            >>> found = lexicon.posteriors(torch.tensor([[5, 4]]), torch.tensor([[7, 8]]))
+            >>> [[round(p, 2) for p in row] for row in found[0].tolist()]
+            [[0.25, 0.75], [0.0, 0.0]]
+        """
+        if not len(self.source):
+            return torch.zeros(*target.shape, source.shape[1], device=source.device)
+        size = int(max(self.source.max(), self.target.max(), source.max(), target.max())) + 1
+        keys, order = (self.source * size + self.target).sort()
+        keys, probs = keys.to(source.device), self.probs[order].to(source.device)
+        asked = source[:, None] * size + target[:, :, None]  # [B, T, S]
+        place = torch.searchsorted(keys, asked).clamp(max=len(keys) - 1)
+        found = probs[place] * (keys[place] == asked)
+        return found / found.sum(-1, keepdim=True).clamp(min=torch.finfo(found.dtype).tiny)
+
     def save(self, path: Path, tokenizer: Any) -> None:
         """Write lines ``target source probability``, the likeliest first."""
         order = torch.argsort(self.probs, descending=True, stable=True)

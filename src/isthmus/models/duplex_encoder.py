@@ -13,9 +13,10 @@ tensor([[0., 1., 0.]])
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
@@ -139,6 +140,42 @@ class DuplexEncoder(nn.Module):
             counted = present.clone()
             counted[:, 0] = False
             sparse = halves(word_scores(states, counted, self.lm.cls))
+        return dense, sparse
+
+    @torch.no_grad()
+    def encode(
+        self,
+        texts: Sequence[str],
+        read: Callable[[Sequence[str]], tuple[torch.Tensor, ...]],
+        *,
+        terms: int,
+        size: int = 64,
+    ) -> tuple[np.ndarray[Any, Any], list[dict[str, float]]]:
+        """Dense halves [N, E], and sparse halves as bags for an index of weights.
+
+        Args:
+            texts: Texts; those of like lengths are read together.
+            read: Ids [B, T] of texts, and which are no padding.
+            terms: Largest values of a sparse half that are kept, by token.
+            size: Texts at a time.
+
+        Returns:
+            A half that is not searched with is zeros, or empty bags.
+        """
+        device = self.dense.linear.weight.device
+        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+        dense = np.zeros((len(texts), self.dense.linear.out_features), np.float32)
+        sparse: list[dict[str, float]] = [{} for _ in texts]
+        for start in range(0, len(order), size):
+            rows = order[start : start + size]
+            ids, present = (part.to(device) for part in read([texts[i] for i in rows])[:2])
+            left, right = self.vectors(ids, present)
+            if left.shape[1]:
+                dense[rows] = left.cpu().numpy()
+            if right.shape[1]:
+                top = right.topk(min(terms, right.shape[1]))
+                for i, *kept in zip(rows, top.values.tolist(), top.indices.tolist(), strict=True):
+                    sparse[i] = {str(t): v for v, t in zip(*kept, strict=True) if v > 0}
         return dense, sparse
 
     def losses(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -134,6 +134,16 @@ def heard(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
+def ctc_units(texts: Iterable[str], spell: bool) -> list[str]:
+    """What CTC has to hear of texts, as words: their words, or their characters.
+
+    Example:
+        >>> ctc_units(["Ten, two"], False), ctc_units(["Ten, two"], True)
+        (['ten two'], ['t e n _ t w o'])
+    """
+    return [spelled(heard(text)) if spell else heard(text) for text in texts]
+
+
 def timed(text: str, frames: Sequence[int]) -> list[tuple[str, int]]:
     """Words, and the frame at which each begins, of a text and the frames of its characters.
 

@@ -7,19 +7,24 @@ loads there, and decodes here through the engine (``isthmus generate --model FOL
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
+
+import torch
 
 from isthmus.decoding.fast import best_target
 from isthmus.decoding.model import Model
 from isthmus.models.encoder_decoder import Config, EncoderDecoder
 from isthmus.models.hub import load_checkpoint, no_progress_bars
+from isthmus.objectives.alignment import links
 from isthmus.signals.tokenizer import learn_tokenizer
 from isthmus.training.data import Data, Pair
+from isthmus.training.guided_alignment import GuidedLearner, aligned
 from isthmus.training.loop import Plan
 from isthmus.training.system import Answer, TrainedSystem
-from isthmus.training.text import PairLearner
+from isthmus.training.text import PairLearner, tokenize
 
 
 class TextToText(TrainedSystem):
@@ -64,7 +69,8 @@ class Translator(TextToText):
     """A transformer of Marian's kind, trained on pairs in batches of like lengths.
 
     The settings have the fields that :func:`translation_config` reads, and ``vocab_size``,
-    ``label_smoothing`` and ``batch_tokens``.
+    ``label_smoothing`` and ``batch_tokens``; with ``guided_alignment``, where they have it and it
+    is not 0, a head learns to align with that weight.
     """
 
     reads = "pairs"
@@ -82,9 +88,11 @@ class Translator(TextToText):
         return cls(settings, cls.network(settings, len(tokenizer)), tokenizer)
 
     def learner(self, data: Data[Pair], plan: Plan) -> PairLearner:
-        """Cross-entropy of targets."""
+        """Cross-entropy of targets, and of alignments where a head is guided."""
         s = self.settings
-        return PairLearner(
+        guided = getattr(s, "guided_alignment", 0.0)
+        kind: Any = functools.partial(GuidedLearner, weight=guided) if guided else PairLearner
+        made: PairLearner = kind(
             self.module,
             self.tokenizer,
             data,
@@ -93,6 +101,42 @@ class Translator(TextToText):
             label_smoothing=s.label_smoothing,
             seed=plan.seed,
         )
+        return made
+
+    def run(self, given: str) -> Answer:
+        """Greedy answer to one text, and which tokens it comes from where a head is guided."""
+        found = self.model.generate(given, max_new_tokens=256)
+        answer = Answer(found.text, {"tokens": len(found.tokens)})
+        if getattr(self.settings, "guided_alignment", 0.0) and found.tokens:
+            source, target = tokenize(self.tokenizer, [given])[0], torch.tensor(found.tokens)
+            names = self.tokenizer.convert_ids_to_tokens
+            answer.record["source_tokens"] = names(source.tolist())
+            answer.record["target_tokens"] = names(target.tolist())
+            weights = aligned(self.module, source[None], target[None])[0]
+            answer.record["alignment"] = links(weights)
+        return answer
+
+
+def exact_answers(model: Model, asked: Sequence[Pair], other: Model | None = None) -> float:
+    """Answers in percent that are right to the letter, of at most 16 tokens.
+
+    Args:
+        model: What answers, greedily.
+        asked: Questions and their answers.
+        other: A model that answers together with it.
+    """
+    found = [
+        answer.text
+        for start in range(0, len(asked), 50)
+        for answer in model.generate(
+            [p.source for p in asked[start : start + 50]],
+            max_new_tokens=16,
+            drafter="none",
+            fuse=other,
+        )
+    ]
+    right: int = sum(f == p.target for f, p in zip(found, asked, strict=True))
+    return 100 * right / len(asked)
 
 
 def translation_config(settings: Any, vocab_size: int) -> Config:

@@ -15,6 +15,7 @@ import datetime
 import functools
 import hashlib
 import random
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -179,15 +180,46 @@ def write(date: datetime.date, language: str, form: int = 0) -> str:
     told = LANGUAGES[language]
     if not 0 <= form < len(told.forms):
         raise InvalidInputError(f"{language!r} has {len(told.forms)} forms, not a form {form}")
-    return told.forms[form].format(
-        d=date.day,
-        dd=f"{date.day:02d}",
-        m=date.month,
-        mm=f"{date.month:02d}",
-        y=f"{date.year:04d}",
-        month=told.months[date.month - 1],
-        w=told.weekdays[date.weekday()] if told.weekdays else "",
-    )
+    return told.forms[form].format(**_written(date, language))
+
+
+def _written(date: datetime.date, language: str) -> dict[str, str]:
+    told = LANGUAGES[language]
+    return {
+        "d": str(date.day),
+        "dd": f"{date.day:02d}",
+        "m": str(date.month),
+        "mm": f"{date.month:02d}",
+        "y": f"{date.year:04d}",
+        "month": told.months[date.month - 1],
+        "w": told.weekdays[date.weekday()] if told.weekdays else "",
+    }
+
+
+def fields(example: Example) -> list[tuple[range, range]]:
+    """Where year, month and day stand: characters of the source, and of the ISO form.
+
+    Raises:
+        InvalidInputError: The language does not write the date so.
+
+    Example:
+        >>> fields(Example("4. März 2021", "2021-03-04", "de"))
+        [(range(8, 12), range(0, 4)), (range(3, 7), range(5, 7)), (range(0, 1), range(8, 10))]
+    """
+    date = datetime.date.fromisoformat(example.target)
+    for number, form in enumerate(LANGUAGES[example.language].forms):
+        if write(date, example.language, number) != example.source:
+            continue
+        found: dict[str, range] = {}
+        place = 0
+        for text, name, _, _ in string.Formatter().parse(form):
+            place += len(text)
+            if name is not None:
+                size = len(_written(date, example.language)[name])
+                found[name[0]] = range(place, place + size)
+                place += size
+        return [(found["y"], range(4)), (found["m"], range(5, 7)), (found["d"], range(8, 10))]
+    raise InvalidInputError(f"{example.source!r} is no date as {example.language!r} writes it")
 
 
 def is_held_out(date: datetime.date) -> bool:

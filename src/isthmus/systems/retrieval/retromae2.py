@@ -100,7 +100,7 @@ class Settings:
 
 
 SMALL = Settings(
-    pretrain_steps=500, pretrain_batch=32, tune_batch=64, dimension=64, terms=64, hidden_size=128,
+    pretrain_steps=400, pretrain_batch=32, tune_batch=64, dimension=64, terms=64, hidden_size=128,
     num_layers=2, num_heads=4, vocab_size=2000, max_length=48,
 )  # fmt: skip
 TINY = replace(
@@ -126,7 +126,7 @@ class Retromae2(TrainedSystem):
         "test": TrainingScale(
             TINY, Plan(4, validate_every=4, learning_rate=1e-3), "workbench:docstrings"),
         "small": TrainingScale(
-            SMALL, Plan(650, schedule="linear", warmup_steps=30, validate_every=325),
+            SMALL, Plan(470, schedule="linear", warmup_steps=20, validate_every=235),
             "workbench:docstrings"),
         "paper": TrainingScale(
             Settings(), Plan(620_000, learning_rate=1e-4, schedule="linear", warmup_steps=6000),
@@ -176,24 +176,15 @@ class Retromae2(TrainedSystem):
         present = torch.arange(padded.shape[1]) < lengths[:, None]
         return padded, present, nn.utils.rnn.pad_sequence(words, True, -1)
 
-    @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray[Any, Any], list[dict[str, float]]]:
         """Dense halves [N, E], and sparse halves by token, their largest values kept."""
-        device = next(self.module.parameters()).device
-        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
-        dense = np.empty((len(texts), self.settings.dimension), np.float32)
-        sparse: list[dict[str, float]] = [{} for _ in texts]
-        for start in range(0, len(order), 64):
-            rows = order[start : start + 64]
-            ids, present, _ = self.read([texts[i] for i in rows])
-            left, right = self.module.vectors(ids.to(device), present.to(device))
-            if left.shape[1]:
-                dense[rows] = left.cpu().numpy()
-            if right.shape[1]:
-                top = right.topk(min(self.settings.terms, right.shape[1]))
-                for i, *kept in zip(rows, top.values.tolist(), top.indices.tolist(), strict=True):
-                    sparse[i] = {str(t): v for v, t in zip(*kept, strict=True) if v > 0}
+        dense, sparse = self.module.encode(texts, self.read, terms=self.settings.terms)
         return dense, sparse
+
+    def weigh(self, texts: Sequence[str], side: str = "document") -> list[dict[str, float]]:
+        """Sparse halves; queries and documents are weighed alike."""
+        del side
+        return self.encode(texts)[1]
 
     def index(self, documents: Mapping[str, str]) -> None:
         """Take these documents, by id, as what is searched."""
@@ -243,8 +234,7 @@ class Retromae2(TrainedSystem):
     def write_files(self, folder: Path) -> None:
         """The folder of an embedding model, the other weights, both indexes and the documents."""
         if not self.documents:  # just trained
-            pairs = [*self.data.train, *self.data.valid]
-            texts = dict.fromkeys(p.target for p in pairs)
+            texts = dict.fromkeys(p.target for p in [*self.data.train, *self.data.valid])
             self.index({str(i): text for i, text in enumerate(texts)})
         self.embedder().write(folder)
         state = self.module.state_dict()
@@ -318,20 +308,23 @@ class Duplex:
 
     def validate(self) -> dict[str, float]:
         """MRR@10 among held-out documents."""
-        return {"mrr@10": float(self.system.measure(self.task).mean())}
+        found = float(self.system.measure(self.task).mean())
+        self.system.documents = {}  # those that it searches once trained are all of the data's
+        return {"mrr@10": found}
 
 
 ARMS: dict[str, dict[str, Any]] = {
     "mlm": {"decoder": False, "bag_weight": 0.0, "search": "dense"},
     "v1": {"bag_weight": 0.0, "search": "dense"},
     "bag": {"decoder": False, "search": "sparse"},
+    "off": {"decoder": False, "bag_weight": 0.0},
     "duplex": {},
 }
-"""What is pretrained and searched with: nothing but masks, the first token, the others, both."""
+"""What is pretrained besides masks, and searched with; ``off`` is both halves after masks alone."""
 
 
 def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
-    """Pretrain four arms alike, tune each on the same pairs, and search.
+    """Pretrain four ways alike, tune every arm on the same pairs, and search.
 
     Args:
         ruler: Not used: nothing is timed.
@@ -345,20 +338,24 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
     texts = Data(codesearch.text("train").pairs, codesearch.text("dev").pairs, "text")
     found: dict[str, dict[str, Any]] = {}
     for arm in ARMS:
-        runs = [_tuned(arm, scale, both, seed) for seed in seeds]
+        runs = [_tuned(arm, scale, both, seed) for seed in (seeds if arm != "bag" else seeds[:1])]
         found[arm] = {n: np.mean([run.measure(t) for run in runs], 0) for n, t in tests.items()}
-        found[arm]["zero-shot"] = _tuned(arm, scale, texts, 0).measure(tests["doc2code"])
+        if arm in ("mlm", "off", "duplex"):
+            found[arm]["zero-shot"] = _tuned(arm, scale, texts, 0).measure(tests["doc2code"])
     means = {arm: {n: float(v.mean()) for n, v in values.items()} for arm, values in found.items()}
     joined = {arm: np.concatenate([found[arm][n] for n in tests]) for arm in ARMS}
     words = {name: codesearch.bm25(task) for name, task in tests.items()}
-    over = paired_bootstrap(joined["v1"], joined["mlm"])
-    more = paired_bootstrap(joined["duplex"], joined["v1"])
+    over, more, taught = (
+        paired_bootstrap(joined[a], joined[b])
+        for a, b in (("v1", "mlm"), ("duplex", "v1"), ("duplex", "off"))
+    )
     gates = (
         Gate("first token rebuilding over masks alone, MRR@10", over.mean, ">=", 0.02),
         Gate("both halves over the first token alone, MRR@10", more.mean, ">=", 0),
+        Gate("both halves over both after masks alone, MRR@10", taught.mean, ">=", 0.02),
     )
-    status = judge(gates, [Gate("both over masks alone", over.mean + more.mean, ">", 0),
-                           Gate("v1 over masks alone", over.mean, ">", 0)])  # fmt: skip
+    status = judge(gates, [Gate("v1 over masks alone", over.mean, ">", 0),
+                           Gate("both over masks alone", taught.mean, ">", 0)])  # fmt: skip
     return Claim(
         slug=Retromae2.name,
         statement="Pretraining the first token to rebuild the text through a weak decoder makes a "
@@ -366,9 +363,9 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
         "worse.",
         paper_figure="BEIR nDCG@10 0.491, v1 0.452, BERT 0.371 (as the card gives them)",
         rows=tuple(
-            Row(f"MRR@10, {n}", "", means["v1"][n], means["duplex"][n], means["mlm"][n],
-                note=f"bag of words alone {means['bag'][n]:.3f}, "
-                f"BM25 {words['doc2code' if n == 'zero-shot' else n]:.3f}")
+            Row(f"MRR@10, {n}", "", means["mlm"][n], means["duplex"][n], means["off"][n],
+                note="".join(f"{a} {means[a][n]:.3f}, " for a in ("v1", "bag") if n in means[a])
+                + f"BM25 {words['doc2code' if n == 'zero-shot' else n]:.3f}")
             for n in (*tests, "zero-shot")
         ),
         scale=scale, device="cpu", status=status,
@@ -376,14 +373,15 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
         + "; ".join(g.name for g in gates if not g.passed),
         notes=(
             f"v1 over masks alone {over.mean:+.3f} [{over.low:+.3f}, {over.high:+.3f}]; both "
-            f"halves over v1 {more.mean:+.3f} [{more.low:+.3f}, {more.high:+.3f}]; 95 % intervals "
-            "over queries, each the mean of all seeds.",
-            "Baseline is v1, off is masked tokens alone. Equal pretraining batches for all, once "
-            "an arm; seeds are those of tuning. Zero-shot: tuned on text, searched in code.",
+            f"halves over v1 {more.mean:+.3f} [{more.low:+.3f}, {more.high:+.3f}], and over both "
+            f"after masks alone {taught.mean:+.3f} [{taught.low:+.3f}, {taught.high:+.3f}]; 95 % "
+            "intervals over queries, each the mean of all seeds.",
+            "Baseline is masked tokens alone and the first token; off, the same and both halves. "
+            "Equal pretraining batches for all, once each; seeds are those of tuning, one for the "
+            "bag of words alone. Zero-shot: tuned on text, searched in code.",
             f"Standard library, digest {pycode.digest()[:12]}.",
         ),
-        gates=gates,
-        seeds=seeds,
+        gates=gates, seeds=seeds,
     )  # fmt: skip
 
 
@@ -392,8 +390,10 @@ def _tuned(arm: str, scale: Scale, data: Data[Pair], seed: int) -> Retromae2:
     told = Retromae2.scales[name := "test" if scale == "test" else "small"]
     settings = replace(told.settings, **ARMS[arm])
     plan = replace(told.plan, steps=(steps := settings.pretrain_steps), validate_every=steps)
-    system = Retromae2.from_pretrained(trained(Retromae2, name, settings=settings, plan=plan))
+    begun = replace(settings, search="both")  # pretraining knows of no search
+    system = Retromae2.from_pretrained(trained(Retromae2, name, settings=begun, plan=plan))
     system.settings = replace(settings, pretrain_steps=0)
+    system.module.search = settings.search
     left = told.plan.steps - steps
     plan = replace(told.plan, steps=left, validate_every=left, seed=seed)
     Trainer(system.learner(data, plan), plan).run()
