@@ -29,7 +29,7 @@ from isthmus.folders import check_replaceable, published, read_record, replace_t
 from isthmus.lenses import sites as site_maps
 from isthmus.models.hub import load_checkpoint, load_tokenizer
 from isthmus.settings import changed, tuples
-from isthmus.surgery.base import Plan, Report
+from isthmus.surgery.base import Plan, Report, asdict_plain
 
 NATIVE, OWN = "surgery.json", "isthmus_config.json"
 """Files that tell a folder of a changed model."""
@@ -69,7 +69,8 @@ def export(
     """
     folder = Path(folder)
     check_replaceable(folder, (NATIVE, OWN), "model that isthmus shrank")
-    record = {"format": 1, "method": plan.method, "report": report.to_dict(), **(notes or {})}
+    record: dict[str, Any] = {"format": 1, "method": plan.method, "report": report.to_dict()}
+    record |= notes or {}
     kept = model if report.native else original
     assert kept is not None, "give the original of a model that is not native"
     stored = _cast(kept, dtype)
@@ -78,11 +79,10 @@ def export(
         stored.save_pretrained(place)
         if tokenizer is not None:
             tokenizer.save_pretrained(place)
-        plan_place = new / "surgery" if report.native else new
-        if report.native:  # the weights say it all: the plan would only double them
-            plan_place.mkdir()
-            plan = Plan(**{**vars(plan), "tensors": {}})
-        plan.save(plan_place)
+        if report.native:  # the weights say it all: the plan's tensors would only double them
+            record["plan"] = {k: v for k, v in asdict_plain(plan).items() if k != "tensors"}
+        else:
+            plan.save(new)
         name = NATIVE if report.native else OWN
         replace_text(new / name, json.dumps(record, indent=1, sort_keys=True) + "\n")
         if report.native:
