@@ -273,7 +273,12 @@ class OptimalBrainCompression:
 # the claim --------------------------------------------------------------------------------------
 
 _MODEL = "pycode-s"
-_SMALLER = {"hidden_size": 16, "num_attention_heads": 1, "head_dim": 16, "intermediate_size": 24}
+_SMALLER: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_attention_heads": 1,
+    "head_dim": 16,
+    "intermediate_size": 24,
+}
 _TINY = replace(reference.RECIPES[_MODEL], **_SMALLER)
 _WAYS = {
     "exact": Settings(),
