@@ -78,8 +78,10 @@ def shrink(
     notes = console(stderr=True)
     checkpoint = load_checkpoint(place, dtype="float32", device=device)
     whole = checkpoint.model
-    calibration = _data(checkpoint, data, "train", samples, length, seed)
-    held_out = _data(checkpoint, evaluate or data, "valid", samples, length, seed)
+    records = _records(checkpoint, data)
+    calibration = _samples(checkpoint, records, "train", samples, length, seed)
+    records = _records(checkpoint, evaluate) if evaluate else records
+    held_out = _samples(checkpoint, records, "valid", samples, length, seed)
     calibration.check_apart(held_out)
 
     work = out.with_name(f".{out.name}.shrinking")
@@ -140,18 +142,21 @@ def shrink(
     return 0
 
 
-def _data(
-    checkpoint: Any, names: tuple[str, ...], part: str, samples: int, length: int, seed: int
-) -> Any:
-    """Samples of one part of the data, as the model reads them."""
-    from isthmus.surgery.calibration import Calibration
+def _records(checkpoint: Any, names: tuple[str, ...]) -> Any:
+    """Texts, or pairs for a model with an encoder."""
     from isthmus.workbench.data import data
 
-    module, tokenizer = checkpoint.model, checkpoint.tokenizer
-    if tokenizer is None:
+    if checkpoint.tokenizer is None:
         raise InvalidInputError(f"{checkpoint.source} has no tokenizer to read the data with")
+    return data(names, "pairs" if checkpoint.model.config.is_encoder_decoder else "texts")
+
+
+def _samples(checkpoint: Any, found: Any, part: str, samples: int, length: int, seed: int) -> Any:
+    """Samples of one part of the data, as the model reads them."""
+    from isthmus.surgery.calibration import Calibration
+
+    module, tokenizer = checkpoint.model, checkpoint.tokenizer
     pairs = bool(module.config.is_encoder_decoder)
-    found = data(names, "pairs" if pairs else "texts")
     records = found.train if part == "train" else found.valid
     named = f"{found.name}, {'to calibrate on' if part == 'train' else 'held out'}"
     if pairs:
