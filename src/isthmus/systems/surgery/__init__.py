@@ -1,0 +1,1 @@
+"""Surgery: trained models made smaller, sparser, elastic, or other."""
