@@ -172,6 +172,16 @@ class SigmoidRouter(LinearRouter):
         return Routed(routing, logits, context.real)
 
 
+def equal_norms(weight: Tensor) -> None:
+    """Give all rows one norm and keep the deviation of the whole, in place.
+
+    So the first choices depend on directions alone (Csordas et al. 2023, section 5).
+    """
+    before = weight.std(unbiased=False)
+    weight /= weight.norm(dim=1, keepdim=True)
+    weight *= before / weight.std(unbiased=False).clamp(min=1e-12)
+
+
 def sinkhorn(logits: Tensor, temperature: float = 1.0, iterations: int = 20) -> Tensor:
     """Entropic transport plan between tokens and experts (Cuturi 2013), computed in log space.
 
