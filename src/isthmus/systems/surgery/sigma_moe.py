@@ -9,9 +9,8 @@ Differs: A pre-norm decoder of bytes with rotary positions instead of Transforme
     experts would. Expert dropout and the weight of the balance loss at paper scale are those of
     the paper's text as remembered, not checked to the last digit.
 
-    y = sum over e in the k largest of s: s_e W2_e relu(W1_e x),   s = sigmoid(W3 x)
+    y = sum over e in the k largest of s: s_e W2_e relu(W1_e x),  s = sigmoid(W3 x)  (section 5)
     loss = cross-entropy + gamma sum over e of p_e log p_e,   p = mean of softmax(W3 x)
-                                                                                (section 5)
 """
 
 from __future__ import annotations
@@ -271,9 +270,8 @@ class BalancedLearner(ByteLearner):
         The mean over layers, and the least even layer, which a mean would hide.
         """
         found = super().validate()
-        length = self.settings.max_length
+        length, device = self.settings.max_length, self.network.head.weight.device
         rows = self.held_out[: len(self.held_out) // length * length].view(-1, length)[:64]
-        device = self.network.head.weight.device
         with routings(self.network) as routed:
             self.network(rows.long().to(device))
         used = [
