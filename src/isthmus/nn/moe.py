@@ -462,3 +462,30 @@ def routings(module: nn.Module) -> Iterator[dict[str, Routed]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+class SharedExpert(nn.Module):
+    """One expert that all tokens pass: a feed-forward of any activation, gated or not.
+
+    Args:
+        hidden_size: Width D outside.
+        intermediate_size: Width inside.
+        activation: A name in :data:`ACTIVATIONS`.
+        gated: As for :class:`Experts`, whose tensors it has, with E = 1.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        activation: str = "silu",
+        *,
+        gated: bool = True,
+    ) -> None:
+        super().__init__()
+        self.experts = Experts(1, hidden_size, intermediate_size, activation, gated=gated)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [..., D] to [..., D]."""
+        out: Tensor = self.experts(x.reshape(-1, x.shape[-1]), [x.shape[:-1].numel()])
+        return out.view(x.shape)
