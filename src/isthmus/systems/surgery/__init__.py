@@ -1,1 +1,1 @@
-"""Systems that change trained models, one file each."""
+"""Surgery: trained models made smaller, sparser, elastic, or other."""
