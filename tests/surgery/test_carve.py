@@ -18,9 +18,9 @@ from isthmus.surgery.carve import (
     carve,
     fit_linear_router,
     share_out,
-    to_native,
     weights_of,
 )
+from isthmus.surgery.moe_export import to_native
 
 F = 24
 TARGETS = ("mixtral", "granitemoeshared", "qwen2_moe", "glm4_moe")

@@ -8,6 +8,7 @@
 ``AnalyticRouter`` computed from one hidden unit of each expert, not learnt
 ``AllExperts``     everything with weight 1: the layer is a dense feed-forward, cut up
 ``RandomRouter``   k at random: what a router must beat
+``OracleRouter``   the k whose outputs are largest, which takes computing all of them
 =================  ============================================================================
 
 Scores are computed in float32 at least. Ties are broken by torch's ``topk``.
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from isthmus.errors import InvalidInputError
-from isthmus.nn.moe import ACTIVATIONS, Context, Routed, Router, Routing
+from isthmus.nn.moe import ACTIVATIONS, Context, Experts, Routed, Router, Routing
 
 Weights = Literal["raw", "renormalised"]
 """Probabilities of the chosen experts as they are, or over their sum. The latter is also what a
@@ -313,7 +314,7 @@ class AnalyticRouter(Router):
 
     def logits(self, x: Tensor) -> Tensor:
         """The sizes r [n, E] of x [n, D]."""
-        x = F.normalize(_wide(x), dim=-1)
+        x = _wide(x)
         act = ACTIVATIONS[self.activation]
         return (act(F.linear(x, self.gate)) * F.linear(x, self.up)).abs()
 
@@ -362,3 +363,28 @@ class RandomRouter(Router):
         weights = torch.full_like(scores, self.weight)
         chosen = _token_choice(scores, weights, self.top_k, context.real)
         return Routed(Routing.chosen(*chosen, self.num_experts), None, context.real)
+
+
+class OracleRouter(Router):
+    """The k experts whose outputs are longest, with weight 1: a bound for cheap routers.
+
+    It computes all experts to know them, so it saves nothing.
+
+    Args:
+        experts: Those of the layer.
+        top_k: Experts of a token k.
+    """
+
+    def __init__(self, experts: Experts, top_k: int) -> None:
+        super().__init__(experts.num_experts)
+        _check_k(top_k, self.num_experts)
+        self.top_k = top_k
+        self._experts = (experts,)  # theirs, not a part of this module
+
+    def forward(self, x: Tensor, context: Context) -> Routed:
+        """Decide where tokens x [n, D] go."""
+        (experts,) = self._experts
+        parts = [experts.inner(x, e) @ experts.down_proj[e].t() for e in range(self.num_experts)]
+        logits = torch.stack([part.norm(dim=-1) for part in parts], -1)
+        chosen = _token_choice(logits, torch.ones_like(logits), self.top_k, context.real)
+        return Routed(Routing.chosen(*chosen, self.num_experts), logits, context.real)
