@@ -218,7 +218,7 @@ class Cmoe:
             layer = carve(model, site, split, self._router(weights_of(model, site), split, active))
             whole, experts = Cost.of(layer), Cost.of(layer.experts)
             idle = experts.parameters * (len(split.routed) - active) // len(split.routed)
-            rows = 2 * len(split.routed) * site.axes["model"]  # of the router, no parameters
+            rows = sum(b.numel() for b in layer.router.buffers() if b.ndim > 1)
             after = Cost(
                 whole.parameters + rows,
                 whole.active + rows - idle,
