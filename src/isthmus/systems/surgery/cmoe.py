@@ -303,7 +303,7 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
             seed=seed, source=split,
         )  # fmt: skip
 
-    data, held_out = texts("train", 8, 512), texts("held-out", 24, 512)
+    data, held_out = texts("train", 8, 1024), texts("held-out", 32, 512)
     data.check_apart(held_out)
     dense = held_out.loss(model)
     start = ruler.clock()
@@ -341,8 +341,8 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
     rise["native"] = lost(Cmoe().native(model, plan, data))
 
     # the dense model learns from more of its own text too, so both are tuned alike
-    more = torch.cat([b["input_ids"] for b in texts("train", 200, 256, seed=1).batches])
-    recipe = Recipe(steps=40 if small else 2, batch_size=4, learning_rate=3e-4)
+    more = torch.cat([b["input_ids"] for b in texts("train", 240, 256, seed=1).batches])
+    recipe = Recipe(steps=60 if small else 2, batch_size=4, learning_rate=3e-4)
     tuned = copy.deepcopy(model)
     for each in (ours, tuned):
         tune_layers(each, more, recipe)
