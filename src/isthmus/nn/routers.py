@@ -1,15 +1,15 @@
 """Routers of the mixture-of-experts layer: which expert sees which token.
 
-=================  ============================================================================
-``SoftmaxRouter``  experts compete: the k largest of softmax(W x), as they are or renormalised
-``SigmoidRouter``  they do not: the k largest of sigmoid(W x), which are also the weights
-``SinkhornRouter`` the k largest of a transport plan that gives all experts equal shares
-``ExpertChoice``   every expert takes its best tokens
-``AnalyticRouter`` computed from one hidden unit of each expert, not learnt
-``AllExperts``     everything with weight 1: the layer is a dense feed-forward, cut up
-``RandomRouter``   k at random: what a router must beat
-``OracleRouter``   the k whose outputs are largest, which takes computing all of them
-=================  ============================================================================
+==================  ============================================================================
+``SoftmaxRouter``   experts compete: the k largest of softmax(W x), as they are or renormalised
+``SigmoidRouter``   they do not: the k largest of sigmoid(W x), which are also the weights
+``SinkhornRouter``  the k largest of a transport plan that gives all experts equal shares
+``ExpertChoice``    every expert takes its best tokens
+``AnalyticRouter``  computed from one hidden unit of each expert, not learnt
+``AllExperts``      everything with weight 1: the layer is a dense feed-forward, cut up
+``RandomRouter``    k at random: what a router must beat
+``OracleRouter``    the k whose outputs are largest, which takes computing all of them
+==================  ============================================================================
 
 Scores are computed in float32 at least. Ties are broken by torch's ``topk``.
 """
