@@ -21,7 +21,7 @@ from isthmus.laws.opcount import count
 from isthmus.metrics.bits import bits_per_byte
 from isthmus.models.byte_patches import BytePatches, PatchSizes, by_place, judged, nats_of
 from isthmus.signals.tokenizer import FIRST_BYTE, byte_tokenizer, stream
-from isthmus.systems.text.megabyte import ByteLearner, Megabyte, Settings, arms
+from isthmus.systems.text.megabyte import Megabyte, PatchLearner, Settings, arms
 from isthmus.testing import check_target, check_trained
 from isthmus.training.data import Data, read
 from isthmus.training.loop import Plan
@@ -253,7 +253,7 @@ def test_bad_input(folder, tmp_path, capsys):
     assert main(["train", "megabyte", "--data", str(tmp_path / "empty.txt"), "-o", "x"]) == 2
     assert "Traceback" not in capsys.readouterr().err
     with pytest.raises(InvalidInputError, match="fewer than one piece of 32"):
-        ByteLearner(Megabyte(TINY), Data(["short"], ["short"]), 0)
+        PatchLearner(Megabyte(TINY), Data(["short"], ["short"]), 0)
     weights = folder / "model.safetensors"
     held = weights.read_bytes()
     weights.write_bytes(held[:-9])

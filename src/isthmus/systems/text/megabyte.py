@@ -19,12 +19,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 
 from isthmus.claims import Claim, Gate, Row, Ruler, judge, ratio
 from isthmus.claims import Scale as ClaimScale
@@ -34,8 +33,8 @@ from isthmus.errors import InvalidInputError
 from isthmus.laws.opcount import count
 from isthmus.metrics.bits import bits_per_byte
 from isthmus.models.byte_patches import BytePatches, PatchSizes, by_place, judged
-from isthmus.roles import Loss
 from isthmus.signals.tokenizer import END_ID, byte_tokenizer, stream
+from isthmus.training.byte_text import ByteLearner
 from isthmus.training.data import Data
 from isthmus.training.loop import Plan
 from isthmus.training.system import Answer, Scale, TrainedSystem
@@ -112,9 +111,9 @@ class Megabyte(TrainedSystem):
         del data
         return cls(settings)
 
-    def learner(self, data: Data[str], plan: Plan) -> ByteLearner:
+    def learner(self, data: Data[str], plan: Plan) -> PatchLearner:
         """Pieces from anywhere in the texts."""
-        return ByteLearner(self, data, plan.seed)
+        return PatchLearner(self, data, plan.seed)
 
     @functools.cached_property
     def model(self) -> Model:
@@ -151,54 +150,13 @@ class Megabyte(TrainedSystem):
         return cls(settings).load_weights(folder)
 
 
-class ByteLearner:
-    """Cross-entropy of bytes.
-
-    Args:
-        system: What learns.
-        data: Texts.
-        seed: Seed of the order.
-        held_out: Held-out bytes that are judged at most.
-
-    Raises:
-        InvalidInputError: The texts are shorter than one piece.
-    """
-
-    lower_is_better = True
-
-    def __init__(
-        self, system: Megabyte, data: Data[str], seed: int, held_out: int = 65_536
-    ) -> None:
-        s: Settings = system.settings
-        self.module: Any = system.module
-        self.settings, self.seed = s, seed
-        self.bytes, self.held_out = stream(data.train), stream(data.valid)[:held_out]
-        if len(self.bytes) < s.max_length:
-            raise InvalidInputError(
-                f"the texts have {len(self.bytes)} bytes, fewer than one piece of {s.max_length}; "
-                "give more, or a smaller max_length"
-            )
-        self.identity = {"system": system.name, "settings": asdict(s), "data": data.fingerprint}
-
-    def batch(self, part: int) -> torch.Tensor:
-        """Pieces from anywhere, int64 [B, T]."""
-        s = self.settings
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + part)
-        last = len(self.bytes) - s.max_length
-        starts = torch.randint(last + 1, (s.batch_size, 1), generator=generator)
-        return self.bytes[starts + torch.arange(s.max_length)].long()
-
-    def loss(self, batch: torch.Tensor) -> Loss:
-        """Sum over bytes, in nats."""
-        logits = self.module(batch)
-        total = F.cross_entropy(logits.flatten(0, 1), batch.flatten(), reduction="sum")
-        return Loss(total, batch.numel())
+class PatchLearner(ByteLearner):
+    """Cross-entropy of bytes, judged by place in the patch too."""
 
     def validate(self) -> dict[str, float]:
         """Bits a byte of held-out text, and those at the first and last place of a patch."""
-        network = getattr(self.module, "module", self.module)
-        s = self.settings
-        nats = judged(network, self.held_out, strided=s.strided)
+        s: Settings = self.settings
+        nats = judged(self.network, self.held_out, strided=s.strided)
         found = {"bits_per_byte": _bits(nats)}
         if s.patch_size > 1 and len(nats) >= s.patch_size:
             places = by_place(nats, s.patch_size, s.max_length)
