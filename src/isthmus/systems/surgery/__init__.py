@@ -1,0 +1,1 @@
+"""Systems that change trained models, one file each."""

@@ -1,0 +1,422 @@
+"""MatFormer: one transformer whose feed-forward prefixes are models of their own.
+
+Paper: Devvrit, S. Kudugunta, A. Kusupati, T. Dettmers, K. Chen, I. Dhillon, Y. Tsvetkov,
+    H. Hajishirzi, S. Kakade, A. Farhadi, P. Jain, "MatFormer: Nested Transformer for Elastic
+    Inference", 2023, arXiv:2310.07707
+Idea: Each training step lets only a prefix of the hidden units of every feed-forward work, drawn
+    anew. Afterwards every prefix is a good layer, and hundreds of models can be cut out by choosing
+    one for each layer (Mix'n'Match), none of them trained by itself.
+Differs: The decoder is a Llama with a gated feed-forward, so that models of one width load in
+    transformers. No vision model and no nested heads. In speculative decoding the small model
+    keeps its own attention cache.
+
+    d_ff units   [ S | M - S |   L - M   |        XL - L         ]      W_in[:m, :], W_out[:, :m]
+    step         draw m from (S, M, L, XL), ordinary loss                          (section 3.2)
+    afterwards   layers of S S M M L L ...                                         (section 3.3)
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from isthmus.claims import Claim, Gate, Row, Ruler, judge
+from isthmus.claims import Scale as ClaimScale
+from isthmus.decoding.drafters import ModelDrafter
+from isthmus.decoding.model import Model
+from isthmus.decoding.policy import Fixed
+from isthmus.decoding.target import HubTarget
+from isthmus.errors import InvalidInputError
+from isthmus.laws.trends import rank_correlation
+from isthmus.models.elastic_decoder import ElasticDecoder
+from isthmus.models.hub import load_checkpoint, no_progress_bars
+from isthmus.roles import Loss, Shape
+from isthmus.signals.tokenizer import learn_tokenizer
+from isthmus.training.data import Data
+from isthmus.training.loop import Plan
+from isthmus.training.system import Answer, Scale, TrainedSystem
+from isthmus.training.text import rows
+from isthmus.workbench.data import data as named_data
+from isthmus.workbench.trained import trained
+from isthmus.workbench.tuned import answer_together
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of a nested decoder.
+
+    Attributes:
+        hidden_size: Width D.
+        num_layers: Layers.
+        num_attention_heads: Heads, each of D / heads channels.
+        intermediate_size: Units of the largest feed-forward, d_ff.
+        fractions: Granularities, as shares of d_ff; the last one is 1.
+        probabilities: How often each is drawn; empty is equally often. All on the last one
+            switches the idea off: ordinary training of the largest model.
+        joint: Take the mean loss of all granularities in every step instead of drawing one.
+        vocab_size: Tokens.
+        length: Tokens of a row.
+        batch_size: Rows of a micro-batch.
+
+    Raises:
+        InvalidInputError: Granularities do not rise to 1 in whole units, or the probabilities are
+            not one for each.
+    """
+
+    hidden_size: int = 1536
+    num_layers: int = 16
+    num_attention_heads: int = 16
+    intermediate_size: int = 4096
+    fractions: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0)
+    probabilities: tuple[float, ...] = ()
+    joint: bool = False
+    vocab_size: int = 256_000
+    length: int = 1024
+    batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        widths = [f * self.intermediate_size for f in self.fractions]
+        rising = sorted(set(widths)) == widths and bool(widths) and widths[0] > 0
+        if not rising or self.fractions[-1] != 1 or any(w != int(w) for w in widths):
+            raise InvalidInputError(
+                f"fractions must rise to 1 in whole units of {self.intermediate_size}, "
+                f"got {self.fractions}"
+            )
+        p = self.probabilities
+        if p and (len(p) != len(widths) or min(p) < 0 or sum(p) <= 0):
+            raise InvalidInputError(
+                f"give one probability of 0 or more for each of {len(widths)} granularities, "
+                f"got {p}"
+            )
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Units m_1 < ... < m_g of each granularity."""
+        return tuple(int(f * self.intermediate_size) for f in self.fractions)
+
+
+def staircases(widths: Sequence[int], layers: int) -> list[tuple[int, ...]]:
+    """Mix'n'Match by the paper's rule: widths that never fall with depth, by one granularity.
+
+    Args:
+        widths: Granularities, rising.
+        layers: Layers of the model.
+
+    Returns:
+        A width for each layer, smallest model first.
+
+    Example:
+        >>> staircases((1, 2, 8), 2)
+        [(1, 1), (1, 2), (2, 2), (2, 8), (8, 8)]
+    """
+    found = [(widths[0],) * layers]
+    for small, large in itertools.pairwise(widths):
+        found += [(small,) * (layers - n) + (large,) * n for n in range(1, layers + 1)]
+    return found
+
+
+class Matformer(TrainedSystem):
+    """A decoder whose feed-forwards are nested.
+
+    Args:
+        settings: See :class:`Settings`.
+        module: A Llama of transformers with the largest width; made elastic.
+        tokenizer: Its tokenizer.
+    """
+
+    name = "matformer"
+    reads = "texts"
+    settings_type = Settings
+    scales: ClassVar[Mapping[str, Scale]] = {
+        "test": Scale(
+            Settings(32, 2, 2, 32, vocab_size=300, length=32, batch_size=4),
+            Plan(8, learning_rate=1e-2, warmup_steps=2, validate_every=4),
+            "workbench:pycode-tenth",
+        ),
+        "small": Scale(
+            Settings(128, 6, 4, 512, vocab_size=1024, length=128, batch_size=8),
+            Plan(1_200, learning_rate=3e-3, warmup_steps=60, betas=(0.9, 0.95), validate_every=300),
+            "workbench:pycode",
+        ),
+        "paper": Scale(
+            Settings(),
+            Plan(
+                40_000,
+                learning_rate=1e-3,
+                warmup_steps=1_000,
+                precision="bf16-mixed",
+                validate_every=2_000,
+                save_every=1_000,
+            ),
+            "hub:allenai/c4:en",
+        ),
+    }
+    module: LlamaForCausalLM
+
+    def __init__(self, settings: Settings, module: LlamaForCausalLM, tokenizer: Any) -> None:
+        super().__init__(settings)
+        self.module, self.tokenizer = module, tokenizer
+        self.decoder = ElasticDecoder(module)
+
+    @classmethod
+    def untrained(cls, settings: Settings, data: Data[str]) -> Self:
+        """A tokenizer learnt from the data, and random weights."""
+        tokenizer = learn_tokenizer(data.train, settings.vocab_size)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=settings.hidden_size,
+            intermediate_size=settings.intermediate_size,
+            num_hidden_layers=settings.num_layers,
+            num_attention_heads=settings.num_attention_heads,
+            max_position_embeddings=8 * settings.length,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.eos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            dtype="float32",
+        )
+        return cls(settings, LlamaForCausalLM(config), tokenizer)
+
+    def learner(self, data: Data[str], plan: Plan) -> NestedLearner:
+        """Rows of the data, each batch with the granularity that it teaches."""
+        return NestedLearner(self, data, plan.seed)
+
+    def export(self, widths: int | Sequence[int], folder: str | Path) -> None:
+        """Write a smaller model and the tokenizer; see :meth:`ElasticDecoder.export`."""
+        self.decoder.export(widths, folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def drafter(self, widths: int | Sequence[int]) -> ModelDrafter:
+        """A smaller model that drafts for the whole one."""
+        return ModelDrafter(HubTarget(self.decoder.cut(widths)))
+
+    @functools.cached_property
+    def model(self) -> Model:
+        """The largest model behind the engine."""
+        return Model(self.decoder.cut(self.settings.widths[-1]), self.tokenizer)
+
+    def run(self, given: str) -> Answer:
+        """Go on with a text; the smallest granularity drafts, the largest decides."""
+        policy = Fixed(self.drafter(self.settings.widths[0]), Shape(4, 4, 1))
+        found = self.model.generate(given, max_new_tokens=64, drafter=policy)
+        length = found.stats.acceptance_length
+        return Answer(found.text, {"tokens": len(found.tokens), "acceptance_length": length})
+
+    def write_files(self, folder: Path) -> None:
+        """Write the largest model as a checkpoint of transformers, and the tokenizer."""
+        with no_progress_bars():
+            self.module.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    @classmethod
+    def read_files(cls, settings: Settings, folder: Path) -> Self:
+        """Read them."""
+        checkpoint = load_checkpoint(str(folder), dtype="float32", device="cpu")
+        return cls(settings, checkpoint.model, checkpoint.tokenizer)
+
+
+class NestedLearner:
+    """Next-token loss of one granularity a batch, or of all.
+
+    Units beyond the prefix get a gradient of zero, not none: Adam's moments decay, and what it has
+    learnt of them still moves them a little.
+
+    Args:
+        system: What learns.
+        data: Texts.
+        seed: Seed of order and draws.
+    """
+
+    lower_is_better = True
+
+    def __init__(self, system: Matformer, data: Data[str], seed: int) -> None:
+        s = system.settings
+        self.system, self.seed, self.settings = system, seed, s
+        self.module: Any = system.module
+        self.rows = rows(system.tokenizer, data.train, s.length + 1)
+        self.held_out = rows(system.tokenizer, data.valid, s.length + 1)
+        every = max(1, len(self.held_out) // 64)
+        self.held_out = self.held_out[::every][:64]
+        self.odds = torch.tensor(s.probabilities or [1.0] * len(s.widths))
+        self.identity = {"system": system.name, "settings": asdict(s), "data": data.fingerprint}
+
+    def batch(self, part: int) -> tuple[torch.Tensor, tuple[int, ...]]:
+        """Rows int64 [B, T + 1], and the widths that are taught by them."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + part)
+        s = self.settings
+        chosen = torch.randint(len(self.rows), (s.batch_size,), generator=generator)
+        drawn = int(torch.multinomial(self.odds, 1, generator=generator))
+        return self.rows[chosen], s.widths if s.joint else (s.widths[drawn],)
+
+    def loss(self, batch: tuple[torch.Tensor, tuple[int, ...]]) -> Loss:
+        """Sum over tokens, mean over the widths: (1/g) sum_i L(M_i(x), y)."""
+        ids, widths = batch
+        labels = ids[:, 1:].flatten()
+        total = torch.zeros((), device=ids.device)
+        for width in widths:
+            with self.system.decoder.at(width):
+                logits = self.module(input_ids=ids[:, :-1], use_cache=False).logits
+            total = total + F.cross_entropy(logits.float().flatten(0, 1), labels, reduction="sum")
+        return Loss(total / len(widths), labels.numel())
+
+    @torch.no_grad()
+    def nats(self, widths: int | Sequence[int], ids: torch.Tensor | None = None) -> float:
+        """Held-out nats a token of a smaller model."""
+        given = self.held_out if ids is None else ids
+        given = given.to(next(self.system.module.parameters()).device)
+        total = 0.0
+        with self.system.decoder.at(widths):
+            for part in given.split(16):
+                logits = self.module(input_ids=part[:, :-1], use_cache=False).logits
+                wanted = part[:, 1:].flatten()
+                total += float(
+                    F.cross_entropy(logits.float().flatten(0, 1), wanted, reduction="sum")
+                )
+        return total / given[:, 1:].numel()
+
+    def validate(self) -> dict[str, float]:
+        """Mean over the granularities that are taught, then each."""
+        taught = [w for w, p in zip(self.settings.widths, self.odds.tolist(), strict=True) if p]
+        found = {f"loss of {w}": self.nats(w) for w in taught}
+        return {"loss": sum(found.values()) / len(found), **found}
+
+
+STEPS = {"small": 300, "test": 6}
+"""Steps of each model that is trained by itself; the nested one takes them for all of them."""
+
+
+def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
+    """One nested decoder against one decoder of each width, as many steps in all."""
+    del ruler
+    size = "small" if scale != "test" else "test"
+    told = Matformer.scales[size]
+    base, steps = told.settings, STEPS[size]
+    data = named_data(told.data, "texts")
+
+    def made(settings: Settings, count: int) -> Matformer:
+        plan = replace(told.plan, steps=count, warmup_steps=count // 20, validate_every=count)
+        return Matformer.from_pretrained(
+            trained(Matformer, size, settings=settings, plan=plan, data=data)
+        )
+
+    nested = made(base, steps * len(base.widths))
+    twins = {
+        w: made(replace(base, intermediate_size=w, fractions=(1.0,)), steps) for w in base.widths
+    }
+    small, large = base.widths[0], base.widths[-1]
+    learner = nested.learner(data, told.plan)
+    ids = learner.held_out
+
+    def alone(width: int, of: int) -> float:
+        return twins[of].learner(data, told.plan).nats(width, ids)
+
+    loss = {w: learner.nats(w) for w in base.widths}
+    twin = {w: alone(w, w) for w in base.widths}
+    off = {w: alone(w, large) for w in base.widths}  # prefixes of an ordinary model
+
+    stairs = staircases(base.widths, base.num_layers)
+    curve = {each: learner.nats(each) for each in stairs}
+    unseen = [each for each in stairs if len(set(each)) > 1]
+    order = rank_correlation(map(sum, unseen), (-curve[each] for each in unseen))
+    # the same number of units in one leap from S to XL, and with the widths falling
+    leap = base.num_layers // 2
+    jump = (small,) * leap + (large,) * (base.num_layers - leap)
+    gentle = min(unseen, key=lambda each: abs(sum(each) - sum(jump)))
+    mixes = {m: learner.nats(m) for m in (jump, gentle, gentle[::-1])}
+
+    count, tokens = (48, 32) if size == "small" else (2, 4)
+    prompts = [row[:32] for row in ids[:: max(1, len(ids) // count)][:count]]
+    pairs = {
+        "nested S, nested XL": (nested, nested),
+        "twin S, nested XL": (twins[small], nested),
+        "twin S, twin XL": (twins[small], twins[large]),
+    }
+    rate, length, same = {}, {}, True
+    for name, (drafts, decides) in pairs.items():
+        plain = answer_together(decides.model, prompts, "none", max_new_tokens=tokens)
+        for n in (1, 4):
+            policy = Fixed(drafts.drafter(small), Shape(n, n, 1))
+            got = answer_together(decides.model, prompts, policy, max_new_tokens=tokens)
+            same = same and got.tokens == plain.tokens
+            (rate if n == 1 else length)[name] = got.acceptance_length() - (n == 1)
+    ours = rate["nested S, nested XL"]
+    gain = 100 * (ours - max(v for k, v in rate.items() if k[0] == "t"))
+
+    names = dict(zip(base.widths, ("S", "M", "L", "XL"), strict=True))
+    gates = (
+        *(
+            Gate(f"loss of nested {names[w]} minus its twin's, nats", loss[w] - twin[w], "<=", 0.03)
+            for w in base.widths[:-1]
+        ),
+        Gate("the same of S with the idea off", off[small] - twin[small], ">", 0.03),
+        Gate("rank correlation of loss and size, untrained mixes", order, ">=", 0.9),
+        Gate("first drafts accepted, over the better of both twins, points", gain, ">=", 3.0),
+        Gate("drafting leaves the output as it is", float(same), "==", 1.0),
+    )
+    direction = (gates[3], gates[6], *(replace(gates[i], bound=b) for i, b in ((4, 0.5), (5, 0.0))))
+    return Claim(
+        slug="matformer",
+        statement="Sub-models of one nested decoder reach the loss of decoders trained for their "
+        "width alone, mixes of widths that were never trained lie in order between them, and the "
+        "smallest drafts better for the largest.",
+        paper_figure="sub-models of a 2.6B MatLM between 1.5B and 2.6B match independently trained "
+        "ones (Figure 2); drafting is up to 6 % faster (Table 1)",
+        rows=(
+            *(
+                Row(f"held-out loss, {names[w]}", "nats/token", twin[w], loss[w], off[w])
+                for w in base.widths
+            ),
+            Row(
+                "first drafts of S accepted by XL",
+                "share",
+                rate["twin S, twin XL"],
+                ours,
+                None,
+                control=rate["twin S, nested XL"],
+                note="baseline: both trained alone; control: S alone, XL nested",
+            ),
+            Row(
+                "acceptance length, 4 draft tokens",
+                "tokens/forward",
+                length["twin S, twin XL"],
+                length["nested S, nested XL"],
+                None,
+                control=length["twin S, nested XL"],
+            ),
+            Row(
+                "held-out loss of mixes of about one size",
+                "nats/token",
+                mixes[jump],
+                mixes[gentle],
+                mixes[gentle[::-1]],
+                note=f"baseline: {_steps(jump)}; ours: {_steps(gentle)}; off: ours upside down",
+            ),
+        ),
+        scale=scale,
+        device="cpu",
+        status=judge(gates, direction),
+        gates=gates,
+        seeds=(told.plan.seed,),
+        notes=(
+            f"Each twin takes {steps} steps, the nested model {steps * len(base.widths)} with a "
+            f"width drawn for each: as much computing in all, {steps} steps of it on each width.",
+            "Mixes by units in all: "
+            + ", ".join(f"{sum(each)}: {curve[each]:.3f}" for each in stairs)
+            + ".",
+            "one seed; speed is not claimed here",
+        ),
+    )
+
+
+def _steps(widths: Sequence[int]) -> str:
+    """Widths of layers in few words."""
+    runs = [(w, len(list(group))) for w, group in itertools.groupby(widths)]
+    return " + ".join(f"{n} x {w}" for w, n in runs)
