@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from isthmus.codecs.container import Frame, Header
     from isthmus.decoding.tree import TokenTree
+    from isthmus.surgery.base import Plan, Report, Steps
+    from isthmus.surgery.calibration import Calibration
 
 Reach = Literal["tree", "chain", "step"]
 """What a target scores exactly in one forward: any tree, a chain only, or one token."""
@@ -693,6 +695,49 @@ class Lens(Protocol):
 
     def explain(self, subject: Any, given: str) -> Any:
         """An :class:`~isthmus.lenses.explanation.Explanation` of what it does with an input."""
+        ...
+
+
+@runtime_checkable
+class Surgery(Protocol):
+    """Makes a trained model smaller, sparser or cheaper: first a plan, then the cut.
+
+    A budget is the share of something that is kept, above 0 and at most 1; at 1 the model computes
+    what it computed before. ``isthmus.testing.check_surgery`` holds an operation to it, and
+    ``isthmus shrink`` finds every system of this role by its name.
+
+    Attributes:
+        keeps: What the budget is a share of, for messages: "weights of the linear layers".
+    """
+
+    @property
+    def keeps(self) -> str:
+        """See above."""
+        ...
+
+    def plan(
+        self, model: Any, data: Calibration, budget: float, steps: Steps | None = None
+    ) -> Plan:
+        """Decide what is done to a model of transformers; only reads it.
+
+        Args:
+            model: In eval mode.
+            data: Samples to run it on.
+            budget: Share that is kept.
+            steps: Keeps finished pieces of the work; its ``key`` is set by the caller.
+
+        Raises:
+            InvalidInputError: A budget that cannot be met.
+            UnsupportedModelError: A model without the sites that it works on.
+        """
+        ...
+
+    def apply(self, model: Any, plan: Plan) -> Report:
+        """Change the model in place, as planned.
+
+        Raises:
+            MismatchError: The plan was made for another model, or by another method.
+        """
         ...
 
 

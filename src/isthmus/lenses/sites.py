@@ -116,9 +116,9 @@ class SiteMap:
         Raises:
             UnsupportedModelError: No stack of layers, or a layer whose parts do not add up.
         """
-        stacks = {prefix: _stack(model, layers, probe) for prefix, layers in _stacks(model).items()}
+        found = {prefix: _stack(model, layers, probe) for prefix, layers in stacks(model).items()}
         return cls(
-            {name: _with_norm(model, stack, probe) for name, stack in stacks.items()},
+            {name: _with_norm(model, stack, probe) for name, stack in found.items()},
             _head_error(model, probe),
         )
 
@@ -166,8 +166,12 @@ def eager(model: nn.Module) -> Iterator[None]:
 # finding ----------------------------------------------------------------------------------------
 
 
-def _stacks(model: nn.Module) -> dict[str, list[str]]:
-    """Paths of the layers of each stack."""
+def stacks(model: nn.Module) -> dict[str, list[str]]:
+    """Paths of the layers of each stack: ``""`` alone, or ``"enc"`` and ``"dec"``.
+
+    Raises:
+        UnsupportedModelError: There is no list of like layers, or one runs several times.
+    """
     names = {module: name for name, module in model.named_modules()}
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         encoder: Any = model.get_encoder()  # type: ignore[operator]
