@@ -35,14 +35,13 @@ class ElasticDecoder:
 
     def __init__(self, module: Any) -> None:
         self.module = module
-        size = module.config.intermediate_size
-        stack = f"{module.base_model_prefix}.layers"
-        mlps = [f"{stack}.{i}.mlp" for i in range(module.config.num_hidden_layers)]
-        self.axes = tuple(
-            Axis(size, (f"{mlp}.gate_proj", f"{mlp}.up_proj"), (f"{mlp}.down_proj",))
-            for mlp in mlps
-        )
         try:
+            size, count = module.config.intermediate_size, module.config.num_hidden_layers
+            mlps = [f"{module.base_model_prefix}.layers.{i}.mlp" for i in range(count)]
+            self.axes = tuple(
+                Axis(size, (f"{mlp}.gate_proj", f"{mlp}.up_proj"), (f"{mlp}.down_proj",))
+                for mlp in mlps
+            )
             make_elastic(module, self.axes)
         except AttributeError as error:
             raise UnsupportedModelError(
