@@ -137,7 +137,7 @@ def test_bad_settings_and_models_are_refused(system: Matformer, tmp_path: Path) 
 def test_the_claim_runs_at_test_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path))
     found = claim(Ruler(), "test")
-    assert [g.passed for g in found.gates if g.name.startswith("drafting leaves")] == [True]
+    assert [g.passed for g in found.gates if g.name.startswith("drafted answers")] == [True]
     losses = [(r.baseline, r.ours, r.off) for r in found.rows[:4]]
     assert all(v is not None and 3 < v < 7 for row in losses for v in row)
     assert losses[3][0] == losses[3][2]  # the whole width of the ordinary model is its twin
