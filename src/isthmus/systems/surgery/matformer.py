@@ -192,7 +192,7 @@ class Matformer(TrainedSystem):
         total = 0.0
         ids = ids.to(self.module.device)
         with self.decoder.at(widths):
-            for part in ids.split(16):
+            for part in torch.split(ids, 16):
                 logits = self.module(input_ids=part[:, :-1], use_cache=False).logits
                 labels = part[:, 1:].flatten()
                 total += float(
@@ -327,7 +327,9 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
         "twin S, nested XL": (twins[small], nested),
         "twin S, twin XL": (twins[small], twins[large]),
     }
-    rate, length, same = {}, {}, []
+    rate: dict[str, float] = {}
+    length: dict[str, float] = {}
+    same: list[bool] = []
     for name, (drafts, decides) in pairs.items():
         plain = answer_together(decides.model, prompts, "none", max_new_tokens=tokens)
         for n in (1, 4):
