@@ -64,6 +64,8 @@ def test_contract(slug: str) -> None:
         testing.check_policy(make(system))
     elif role == "lens":
         pytest.skip("what it looks into is its own; its tests run the contract")
+    elif role == "surgery":
+        pytest.skip("what it can work on is its own; its tests run the contract")
     else:
         assert not hasattr(testing, f"check_{role}"), f"run the contract of {role} here"
 

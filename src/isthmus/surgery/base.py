@@ -199,9 +199,11 @@ def hidden(model: nn.Module, site: Site, x: Tensor) -> Tensor:
     part = {name: model.get_submodule(path) for name, path in site.parts.items()}
     if "gate_up" in part:
         gate, up = part["gate_up"](x).chunk(2, -1)
-        return act(gate) * up
-    up = part["up"](x)
-    return act(part["gate"](x)) * up if "gate" in part else act(up)
+    else:
+        up = part["up"](x)
+        gate = part["gate"](x) if "gate" in part else None
+    units: Tensor = act(up) if gate is None else act(gate) * up
+    return units
 
 
 def fingerprint(model: nn.Module) -> str:

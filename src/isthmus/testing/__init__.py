@@ -7,6 +7,7 @@ from isthmus.testing.lenses import check_lens
 from isthmus.testing.policies import check_policy
 from isthmus.testing.statistics import StringTest, goodness_of_fit, string_test
 from isthmus.testing.streaming import check_streaming
+from isthmus.testing.surgeries import check_surgery
 from isthmus.testing.targets import check_target
 from isthmus.testing.trained import check_trained
 
@@ -18,6 +19,7 @@ __all__ = [
     "check_lens",
     "check_policy",
     "check_streaming",
+    "check_surgery",
     "check_target",
     "check_trained",
     "check_tree",

@@ -1,0 +1,153 @@
+"""A changed model as a folder that others load, and what it weighs.
+
+================  ===============================================================================
+result            folder
+================  ===============================================================================
+native            a checkpoint of transformers like any other, with ``surgery.json`` beside it
+of isthmus        ``isthmus_config.json``, the plan, and the original under ``base``: transformers
+                  has no model of that shape, so :func:`isthmus.load` applies the plan again
+================  ===============================================================================
+
+Either is loaded again before it is published, and must compute what the changed model computed.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isthmus.errors import BrokenFileError, MismatchError
+from isthmus.folders import check_replaceable, published, read_record, replace_text
+from isthmus.lenses import sites as site_maps
+from isthmus.models.hub import load_checkpoint, load_tokenizer
+from isthmus.surgery.base import Plan, Report
+
+NATIVE, OWN = "surgery.json", "isthmus_config.json"
+"""Files that tell a folder of a changed model."""
+
+BASE = "base"
+
+_WEIGHTS = (".safetensors", ".bin")
+
+
+def export(
+    model: Any,
+    tokenizer: Any,
+    plan: Plan,
+    report: Report,
+    folder: str | Path,
+    *,
+    original: Any = None,
+    dtype: torch.dtype | None = None,
+    notes: Mapping[str, Any] | None = None,
+) -> None:
+    """Publish a changed model, once it has been loaded again and found to be the same.
+
+    Args:
+        model: As ``apply`` left it.
+        tokenizer: Its tokenizer, or None.
+        plan: The plan.
+        report: What ``apply`` reported.
+        folder: Where to; replaced as a whole if it holds a changed model.
+        original: The model before; needed where the report is not ``native``.
+        dtype: Of the file; that of the model if None.
+        notes: What else to write beside it, as JSON values.
+
+    Raises:
+        InvalidInputError: The folder holds something else.
+        MismatchError: What was written computes something else.
+        BrokenFileError: The folder cannot be written.
+    """
+    folder = Path(folder)
+    check_replaceable(folder, (NATIVE, OWN), "model that isthmus shrank")
+    record = {"format": 1, "method": plan.method, "report": report.to_dict(), **(notes or {})}
+    kept = model if report.native else original
+    assert kept is not None, "give the original of a model that is not native"
+    stored = _cast(kept, dtype)
+    with published(folder) as new:
+        place = new if report.native else new / BASE
+        stored.save_pretrained(place)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(place)
+        plan_place = new / "surgery" if report.native else new
+        if report.native:  # the weights say it all: the plan would only double them
+            plan_place.mkdir()
+            plan = Plan(**{**vars(plan), "tensors": {}})
+        plan.save(plan_place)
+        name = NATIVE if report.native else OWN
+        replace_text(new / name, json.dumps(record, indent=1, sort_keys=True) + "\n")
+        if report.native:
+            _compare(_cast(model, dtype), load_checkpoint(str(new), dtype="float32").model)
+
+
+def is_own(folder: str | Path) -> bool:
+    """Whether a folder holds a changed model that only isthmus loads."""
+    return (Path(folder) / OWN).is_file()
+
+
+def load_own(
+    folder: str | Path,
+    surgery: Callable[[str, Mapping[str, Any]], Any],
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> tuple[Any, Any]:
+    """Apply the plan of a folder to the model in it.
+
+    Args:
+        folder: Made by :func:`export`.
+        surgery: Gives the operation, by its slug and settings.
+        device: Where to.
+        dtype: Of the changed model; float32 if None.
+
+    Returns:
+        The model and its tokenizer.
+
+    Raises:
+        BrokenFileError: A file is missing or damaged.
+        MismatchError: The plan belongs to another model.
+    """
+    folder = Path(folder)
+    record = read_record(folder / OWN, ("method",), "model")
+    plan = Plan.load(folder)
+    if plan.method != record["method"]:
+        raise BrokenFileError(f"{folder} holds the plan of another method; shrink again")
+    checkpoint = load_checkpoint(str(folder / BASE), dtype="float32", device=device)
+    surgery(plan.method, plan.settings).apply(checkpoint.model, plan)
+    model = checkpoint.model if dtype is None else checkpoint.model.to(dtype)
+    return model.eval(), load_tokenizer(str(folder / BASE))
+
+
+def file_bytes(folder: str | Path) -> int:
+    """Bytes of the weights in a folder, plans of isthmus included."""
+    found = [p for p in Path(folder).rglob("*") if p.suffix in _WEIGHTS and p.is_file()]
+    return sum(p.stat().st_size for p in found)
+
+
+def _cast(model: Any, dtype: torch.dtype | None) -> Any:
+    if dtype is None or dtype == model.dtype:
+        return model
+    return copy.deepcopy(model).to(dtype)
+
+
+@torch.no_grad()
+def _compare(model: Any, loaded: Any) -> None:
+    """Refuse a file that computes something else than the model it was made of."""
+
+    def logits(each: Any) -> Tensor:
+        out: Tensor = each.float()(**site_maps.probe_of(each)).logits
+        return out
+
+    wanted, got = logits(copy.deepcopy(model)), logits(loaded)
+    if not torch.allclose(wanted, got, rtol=1e-4, atol=1e-5 * float(wanted.abs().max())):
+        error = float((wanted - got).abs().max())
+        raise MismatchError(
+            f"transformers loads another model than was written (logits differ by {error:.2g}); "
+            "the method must say that its result is not native"
+        )
