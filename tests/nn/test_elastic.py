@@ -84,7 +84,7 @@ def test_what_cannot_be_elastic_is_refused_by_name() -> None:
 def test_the_sparse_product_is_the_dense_one(bias: bool) -> None:
     torch.manual_seed(1)
     dense = nn.Linear(40, 24, bias=bias)
-    sparse = SparseLinear.of(dense)
+    sparse = SparseLinear.of(dense.weight, dense.bias)
     for zeros in (0, 20, 39, 40):
         x = torch.randn(1, 1, 40)
         x[..., torch.randperm(40)[:zeros]] = 0
