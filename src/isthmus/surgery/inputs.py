@@ -11,6 +11,7 @@ whose layers are pruned already, and the model itself is only read.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -175,5 +176,6 @@ def skipped_units(model: nn.Module, data: Calibration, sparsity: float) -> Itera
                     model(**batch)
             away = seen.rows.abs().float().flatten()
             tau = float(away.kthvalue(max(1, round(sparsity * len(away)))).values)
-            stack.enter_context(Intervene(model, {place: lambda v, t=tau: F.hardshrink(v, t)}))
+            skip = functools.partial(F.hardshrink, lambd=tau)
+            stack.enter_context(Intervene(model, {place: skip}))
         yield
