@@ -265,9 +265,8 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
     ids = nested.learner(data, told.plan).held_out
     loss = {w: nats(nested.decoder, w, ids) for w in base.widths}
     twin = {w: nats(twins[w].decoder, w, ids) for w in base.widths}
-    off = {
-        w: nats(twins[large].decoder, w, ids) for w in base.widths
-    }  # prefixes of an ordinary model
+    # with the idea off: prefixes of an ordinary model
+    off = {w: nats(twins[large].decoder, w, ids) for w in base.widths}
 
     stairs = staircases(base.widths, base.num_layers)
     curve = {each: nats(nested.decoder, each, ids) for each in stairs}
