@@ -1,1 +1,1 @@
-"""Surgery: trained models made smaller, sparser, elastic, or other."""
+"""Systems that change trained models, one file each."""
