@@ -46,7 +46,7 @@ def test_what_diverged_stays_in_the_file_and_out_of_the_law(tmp_path):
     runs = read_runs(path, over=["n"])
     assert runs.x.ravel().tolist() == [2, 8]
     assert runs.compute.tolist() == [4, 16]
-    assert read_runs(path).variables == ("n", "seconds")
+    assert read_runs(path).variables == ("n",)
 
 
 def test_other_errors_of_a_training_are_told(tmp_path):

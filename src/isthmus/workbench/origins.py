@@ -43,7 +43,7 @@ def pairs(count: int, origin: Origin, *, held_out: bool = False, seed: int | str
 
     Example:
         >>> [pair.source for pair in pairs(2, "target-natural", seed=4)]
-        ['cs 2076-06-23', 'nl 7']
+        ['fr 2094-04-24', 'sv 86']
     """
     if origin not in ORIGINS:
         raise UnknownNameError("origin", origin, ORIGINS)
