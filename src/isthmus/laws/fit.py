@@ -142,7 +142,7 @@ def read_runs(
                 f"{path} mixes {name} {', '.join(values)}, whose losses are not comparable; "
                 f"choose one with --where {name}={values[0]}"
             )
-    out = {loss, compute, "seed", *MIXED, *(where or {})}
+    out = {loss, compute, "seed", "seconds", *MIXED, *(where or {})}
     chosen = tuple(over) or tuple(n for n in names if n not in out and _numeric(kept, n))
     if not chosen:
         raise InvalidInputError(f"{path} has no column of numbers besides {loss}; name one by over")
@@ -551,6 +551,8 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() in (".jsonl", ".ndjson"):
             rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+            # a sweep keeps what diverged, which no law is about
+            rows = [row for row in rows if not (isinstance(row, dict) and row.get("diverged"))]
         else:
             tab = "\t" if path.suffix.lower() == ".tsv" else ","
             rows = list(csv.DictReader(text.splitlines(), delimiter=tab, strict=True))
@@ -566,7 +568,9 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 def _numeric(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
     try:
-        return all(math.isfinite(float(row[name])) for row in rows)
+        return all(
+            not isinstance(row[name], bool) and math.isfinite(float(row[name])) for row in rows
+        )
     except (TypeError, ValueError):
         return False
 
