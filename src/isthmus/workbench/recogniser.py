@@ -52,6 +52,7 @@ class Settings:
         causal: Whether it may be used in a stream: features are not normalised over the whole
             sound, and convolutions reach back only.
         chunk: Frames that a block hears at once, with all before them; 0 is all.
+        level: Whether features have a fixed level, as in a stream, though convolutions look ahead.
     """
 
     mels: int = 40
@@ -67,10 +68,11 @@ class Settings:
     batch_size: int = 32
     causal: bool = False
     chunk: int = 0
+    level: bool = False
 
     def features(self) -> LogMel:
         """What makes the features."""
-        return LogMel("nemo", self.mels, normalise="fixed" if self.causal else True)
+        return LogMel("nemo", self.mels, normalise="fixed" if self.causal or self.level else True)
 
     def encoder(self) -> Conformer:
         """A new encoder of these sizes."""

@@ -16,6 +16,7 @@ Differs: Units are characters. Trained from a recogniser that has learnt to hear
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -55,7 +56,7 @@ from isthmus.workbench.recogniser import Settings as Hearing
 from isthmus.workbench.streams import multiply_adds, number_streams
 from isthmus.workbench.trained import trained
 
-VOCABULARY, DATA = "characters.json", "workbench:speech-series"
+VOCABULARY, DATA, VALIDATED = "characters.json", "workbench:speech-series", 64
 Look = Literal["chunks", "regular", "all"]
 
 
@@ -83,7 +84,8 @@ class Settings:
         fastemit: See :func:`~isthmus.objectives.rnnt.rnnt_loss`.
         dropout: Behind every part.
         batch_size: Records of a batch.
-        ear: Whether the encoder starts from a recogniser of the same records.
+        ear: Frames heard at once by a recogniser of the same records, from which the encoder
+            starts; 0 is none. With ``look=all`` it hears everything, too.
 
     Example:
         >>> s = Settings()
@@ -109,21 +111,20 @@ class Settings:
     fastemit: float = 5e-3
     dropout: float = 0.1
     batch_size: int = 64
-    ear: bool = False
+    ear: int = 0
 
     def hearing(self) -> Hearing:
         """The recogniser that has the same encoder."""
+        causal = self.look != "all"
         return Hearing(
             self.mels, self.width, self.depth, self.heads, self.kernel, self.factor,
-            self.channels, self.dropout, causal=True, chunk=self.right + 1,
+            self.channels, self.dropout, batch_size=self.batch_size, causal=causal,
+            chunk=self.ear * causal, level=not causal,
         )  # fmt: skip
 
     def encoder(self) -> Conformer:
-        """A new encoder of these sizes."""
-        return Conformer(
-            self.mels, self.width, self.depth, self.heads, kernel=self.kernel, factor=self.factor,
-            channels=self.channels, dropout=self.dropout, causal=self.look != "all",
-        )  # fmt: skip
+        """A new encoder of these sizes, which is told its limits with the sound."""
+        return replace(self, ear=0).hearing().encoder()
 
 
 class Learner:
@@ -145,7 +146,7 @@ class Learner:
             data.train, system.letters, system.mel, s.batch_size, seed=plan.seed,
             augment=SpecAugment(2, s.mels // 5, 2, 0.05),
         )  # fmt: skip
-        self.valid = list(data.valid)
+        self.valid = list(data.valid)[:VALIDATED]
 
     def batch(self, part: int) -> LimitedBatch:
         """See :class:`~isthmus.training.speech.SpokenBatches`."""
@@ -168,7 +169,7 @@ class Learner:
         return Loss(total, len(frames), {"too_long_for_their_frames": (~found.fits).sum()})
 
     def validate(self) -> dict[str, float]:
-        """Words wrong, by the reader that is used and by CTC."""
+        """Words of some records wrong, by the reader that is used and by CTC."""
         return {n: judged(self.system, self.valid, n == "ctc_wer") for n in ("wer", "ctc_wer")}
 
 
@@ -186,10 +187,10 @@ class StreamingConformer(TrainedSystem):
         ),
         "small": Scale(
             Settings(
-                40, 96, 4, 4, 9, 4, 16, 96, 96, 32, 7, (0, 1, 3, 7), past=37, batch_size=16,
-                ear=True,
+                40, 96, 4, 4, 9, 4, 16, 96, 96, 32, 7, (0, 1, 3, 7), past=37, dropout=0.0,
+                batch_size=16, ear=8,
             ),
-            Plan(300, learning_rate=1.5e-3, warmup_steps=30, weight_decay=1e-2, validate_every=300),
+            Plan(260, learning_rate=1.5e-3, warmup_steps=30, weight_decay=1e-2, validate_every=130),
             DATA,
         ),
         "paper": Scale(
@@ -258,9 +259,8 @@ class StreamingConformer(TrainedSystem):
         s = self.settings
         if s.look != "chunks":
             raise InvalidInputError(f"look={s.look!r} has no cache; train it with look=chunks")
-        return CachedConformer(
-            self.module.encoder, self.mel, s.left, s.right if right is None else right
-        )
+        right = s.right if right is None else right
+        return CachedConformer(self.module.encoder, self.mel, s.left, right)
 
     @torch.no_grad()
     def answer(self, sounds: Sequence[torch.Tensor], *, ctc: bool = False) -> list[Transcript]:
@@ -360,7 +360,8 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
         "windows": lambda: made["windows"].answer(sounds[:1], ctc=True),
     }
     adds = {name: multiply_adds(work) * RATE / len(sounds[0]) for name, work in works.items()}
-    timing = ruler.compare({"": lambda: [cached.listen(s, 1600) for s in sounds]}, repeats=3)
+    core = replace(ruler, clock=time.process_time)  # others may be at work on the machine
+    timing = core.compare({"": lambda: [cached.listen(s, 1600) for s in sounds]}, repeats=3)
     factor = timing[""].median_s * RATE / sum(map(len, sounds))
     gain = by_ctc - error["ctc"]
     gates = (
@@ -369,7 +370,7 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
         Gate("CTC of both less CTC alone, WER", gain, "<=", 0.0),
         Gate("cached WER", error["cached"], "<", 0.5),
         Gate("streams that differ from the whole", differ, "==", 0),
-        Gate("real-time factor of the stream", factor, "<", 0.3),
+        Gate("real-time factor of the stream, CPU time", factor, "<", 0.3),
     )  # fmt: skip
     direction = (gates[0], replace(gates[1], op=">", bound=1.0), *gates[2:])
     return Claim(
@@ -384,17 +385,17 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
             Row("word error rate of CTC", "", error["ctc"], by_ctc, None),
             Row("multiply-adds of the encoder a second", "", adds["windows"], adds["cached"],
                 adds["windows"]),
-            Row("real-time factor of the stream", "", 1.0, factor, None),
+            Row("CPU time of a second of the stream", "s", 1.0, factor, None),
         ),
         scale=scale,
         device="cpu",
         status=judge(gates, direction),
+        reason="; ".join(f"missed: {gate.name}" for gate in gates if not gate.passed),
         gates=gates,
         seeds=(told.plan.seed,),
         notes=(
             "off is the baseline: look=all sees everything and is heard in windows",
-            "all arms, windows too, start from one CTC encoder that is causal and in chunks; one "
-            "seed",
-            "regular look-ahead is measured offline; over all blocks it is a chunk's or more",
+            "the arms start from a CTC encoder that is causal and in chunks, windows from one that "
+            "hears everything, of equal training; regular is measured offline; one seed",
         ),
     )  # fmt: skip

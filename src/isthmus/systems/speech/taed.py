@@ -103,10 +103,10 @@ class Settings:
     ear: bool = False
 
     def hearing(self) -> Hearing:
-        """The recogniser that has the same encoder."""
+        """The recogniser that has the same encoder, and hears everything so far at once."""
         return Hearing(
             self.mels, self.width, self.depth, self.heads, self.kernel, self.factor,
-            self.channels, self.dropout, causal=True, chunk=self.chunk,
+            self.channels, causal=True,
         )  # fmt: skip
 
 
@@ -170,7 +170,9 @@ class Taed(TrainedSystem):
             f"{DATA}-few",
         ),
         "small": Scale(
-            Settings(40, 96, 4, 4, 9, 4, 16, 2, 384, 96, batch_size=32, longest=20, ear=True),
+            Settings(
+                40, 96, 4, 4, 9, 4, 16, 2, 384, 96, dropout=0.0, batch_size=16, longest=20, ear=True
+            ),
             Plan(800, learning_rate=2e-3, warmup_steps=60, weight_decay=1e-2, validate_every=400),
             f"{DATA}-said",
         ),
@@ -185,8 +187,9 @@ class Taed(TrainedSystem):
         super().__init__(settings)
         s, hearing = settings, settings.hearing()
         self.letters, self.mel = letters, hearing.features()
+        encoder = replace(hearing, dropout=s.dropout, chunk=s.chunk).encoder()
         self.module: AttentionTransducer = AttentionTransducer(
-            hearing.encoder(), len(letters), s.layers, s.heads, s.inner, s.joint,
+            encoder, len(letters), s.layers, s.heads, s.inner, s.joint,
             dropout=s.dropout, cross=s.cross, chunk=s.chunk, max_length=s.longest + 1,
         )  # fmt: skip
         self.search = TransducerGreedy(self.module, longest=s.longest)
