@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ def test_contract(model, settings):
 
 def test_what_a_plan_says_of_a_layer_is_the_paper_s_recipe(model):
     """Step by step, over again, with loops."""
-    plan = Cmoe(FOUR).plan(model, data(), 0.5)
+    plan = Cmoe(replace(FOUR, representative="nearest")).plan(model, data(), 0.5)
     site = sites(model, "ffn")[0]
     weights = weights_of(model, site)
     x = capture(model, [site], data(), lambda: Reservoir(999))[site.path].rows
@@ -77,6 +78,10 @@ def test_what_a_plan_says_of_a_layer_is_the_paper_s_recipe(model):
     busiest = sorted(rest, key=lambda u: -rate[u])
     wanted = balanced_clusters(marks.T[busiest], marks.T[busiest[:3]])
     assert torch.equal(routed, torch.tensor(busiest)[wanted])
+    ours = Cmoe(FOUR).plan(model, data(), 0.5).tensors[f"{site.path}/routed"]
+    for same, cluster in zip(ours, routed, strict=True):
+        assert sorted(same.tolist()) == sorted(cluster.tolist())
+        assert rate[same[0]] == rate[cluster].max()
 
 
 def test_the_router_is_the_size_of_one_unit_of_each_expert(model):

@@ -22,14 +22,16 @@ import torch
 from torch import Tensor
 
 from isthmus.errors import InvalidInputError, UnsupportedModelError
+from isthmus.nn.moe import Context, Router
 from isthmus.surgery.base import Site, sites
-from isthmus.surgery.carve import Split, Weights, weights_of
+from isthmus.surgery.calibration import Calibration, Reservoir, capture
+from isthmus.surgery.carve import Split, Weights, fit_linear_router, weights_of
 
 Target = Literal["mixtral", "granitemoeshared", "qwen2_moe", "glm4_moe"]
 """Model types that carved models can be written as. Shared units of GLM-4 MoE are a multiple of
 those of an expert."""
 
-_PROBE = 24
+_PROBE, _TOKENS = 24, 2**14
 _FLAT = 1e-2
 """Largest logit of an exported router: softmax weights over the chosen are then even to a percent,
 and which experts are chosen does not depend on it."""
@@ -97,6 +99,37 @@ def to_native(
     if not 1 <= k <= count:
         raise InvalidInputError(f"top_k must lie between 1 and {count}, got {k}")
     return _built(model, target, places, weights, splits, chosen, k, biases)
+
+
+@torch.no_grad()
+def fitted(
+    model: Any,
+    splits: Sequence[Split],
+    routers: Sequence[Router],
+    data: Calibration,
+    top_k: int,
+    target: Target = "qwen2_moe",
+) -> Any:
+    """A native mixture for routers that no native one has: linear ones that choose alike.
+
+    Args:
+        model: The dense model.
+        splits: One for each layer.
+        routers: Routers of whatever kind, one for each layer; each chooses ``top_k`` experts.
+        data: Tokens that linear routers are fitted on, at the inputs of the dense layers.
+        top_k: Experts of a token.
+        target: As what; chosen experts are weighted evenly.
+    """
+    places, matrices = sites(model, "ffn"), []
+    read = capture(model, places, data, lambda: Reservoir(_TOKENS))
+    for site, split, router in zip(places, splits, routers, strict=True):
+        x = read[site.path].rows
+        chosen: Any = router(x, Context()).routing
+        wanted = torch.zeros(len(x), len(split.routed))
+        wanted[chosen.token, chosen.expert] = 1 / top_k
+        with torch.enable_grad():
+            matrices.append(fit_linear_router(x, wanted))
+    return to_native(model, splits, matrices, top_k, target, even=True)
 
 
 def _check_shared(target: Target, splits: Sequence[Split]) -> None:

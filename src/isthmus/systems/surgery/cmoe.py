@@ -4,9 +4,11 @@ Paper: Z. Pei, L. Zou, H. Zhen, X. Yu, W. Liu, S. J. Pan, M. Yuan, B. Yu, "CMoE:
     Mixture-of-Experts for Efficient LLM Inference", 2025, arXiv:2502.04416
 Idea: Units that fire for nearly every token are shared, the rest are clustered by which tokens
     they fire for, and one unit of each cluster tells, computed as it is, whether to call it.
-Differs: The short tuning moves all weights of the carved layers instead of low-rank additions to
-    the model. Reloading is the plan applied to the original; a native mixture of transformers has
-    a linear router that is fitted to the computed one.
+Differs: The unit that stands for an expert is its busiest one; the one nearest to the mean of its
+    marks, as the paper has it, is nearly silent where marks are few, and routes no better than
+    chance here (a setting brings it back). The short tuning moves all weights of the carved layers
+    instead of low-rank additions. A native mixture of transformers has a linear router that is
+    fitted to the computed one.
 
 ::
 
@@ -30,7 +32,7 @@ from torch import Tensor
 from isthmus.claims import Claim, Gate, Row, Ruler, Scale, judge
 from isthmus.errors import InvalidInputError, UnsupportedModelError
 from isthmus.models.hub import load_checkpoint
-from isthmus.nn.moe import ACTIVATIONS, Context, MoE, Router
+from isthmus.nn.moe import ACTIVATIONS, MoE, Router
 from isthmus.nn.routers import AnalyticRouter, OracleRouter, RandomRouter
 from isthmus.surgery.base import (
     Change,
@@ -43,20 +45,19 @@ from isthmus.surgery.base import (
     fingerprint,
     sites,
 )
-from isthmus.surgery.calibration import Calibration, Reservoir, TopKMarkers, capture, sequential
+from isthmus.surgery.calibration import Calibration, Reservoir, TopKMarkers, sequential
 from isthmus.surgery.carve import (
     Split,
     Weights,
     balanced_clusters,
     carve,
     carved,
-    fit_linear_router,
     kept,
     part_size,
     share_out,
     weights_of,
 )
-from isthmus.surgery.moe_export import Target, to_native
+from isthmus.surgery.moe_export import Target, fitted
 from isthmus.training.drafting import Recipe
 from isthmus.training.expert_tuning import tune_layers
 from isthmus.workbench import pycode, reference
@@ -66,6 +67,11 @@ from isthmus.workbench.tokenizer import load_tokenizer
 
 SLUG = "cmoe"
 _TOKENS = 2**14  # 8 texts of 2,048, the paper's calibration
+_CHOICES = {
+    "split": ("activation", "random"),
+    "router": ("analytic", "random"),
+    "representative": ("busiest", "nearest"),
+}
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,7 @@ class Settings:
         normalised: Whether marks are made on inputs and weight rows of unit length; off, on the
             hidden units as they are.
         iterations: Of the clustering.
+        representative: ``busiest`` unit of each cluster, or the ``nearest`` one to its mean.
         split: ``activation``, or ``random``: units are dealt out blindly (idea off).
         router: ``analytic``, or ``random`` (idea off).
         seed: Of what is random.
@@ -89,14 +96,16 @@ class Settings:
     markers: int = 10
     normalised: bool = True
     iterations: int = 1
+    representative: str = "busiest"
     split: str = "activation"
     router: str = "analytic"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, right in (("split", "activation"), ("router", "analytic")):
-            if getattr(self, name) not in (right, "random"):
-                raise InvalidInputError(f"{name} is {right} or random, not {getattr(self, name)!r}")
+        for name in ("split", "router", "representative"):
+            if getattr(self, name) not in _CHOICES[name]:
+                right = " or ".join(_CHOICES[name])
+                raise InvalidInputError(f"{name} is {right}, not {getattr(self, name)!r}")
         if self.parts < 2 or not 0 <= self.shared < self.parts or self.markers < 1:
             raise InvalidInputError("parts is at least 2, shared below parts, markers at least 1")
 
@@ -170,13 +179,15 @@ class Cmoe:
         first, rest = busiest[: shared * size].sort().values, busiest[shared * size :]
         if s.split == "random":
             made = share_out(hidden, shared, experts, torch.Generator().manual_seed(s.seed))
-            routed = []
-            for units in made.routed:
-                far = (points[units] - points[units].mean(0)).abs().sum(1)
-                routed.append(units[far.argsort(stable=True)])
-            return Split(made.shared, torch.stack(routed))
-        found = balanced_clusters(points[rest], points[rest[:experts]], s.iterations)
-        return Split(first, rest[found])
+            first, routed = made.shared, made.routed
+            far = (points[routed] - points[routed].mean(1, keepdim=True)).abs().sum(-1)
+            routed = routed.gather(1, far.argsort(dim=1, stable=True))
+        else:
+            routed = rest[balanced_clusters(points[rest], points[rest[:experts]], s.iterations)]
+        if s.representative == "busiest":
+            rate = points.mean(1)[routed]
+            routed = routed.gather(1, rate.argsort(dim=1, descending=True, stable=True))
+        return Split(first, routed)
 
     def plan(
         self, model: Any, data: Calibration, budget: float, steps: Steps | None = None
@@ -190,8 +201,7 @@ class Cmoe:
                 raise UnsupportedModelError(f"{site.path} has no gate; CMoE carves gated layers")
         who = (SLUG, budget, fingerprint(model), data.fingerprint, asdict(self.settings))
         dense = {site.path: model.get_submodule(site.path) for site in found}
-        tensors: dict[str, Tensor] = {}
-        notes: dict[str, Any] = {}
+        tensors, notes = dict[str, Tensor](), dict[str, Any]()
         try:
             for site in found:
 
@@ -216,17 +226,13 @@ class Cmoe:
         for site, split in _splits(model, plan):
             before = Cost.of(model.get_submodule(site.path))
             layer = carve(model, site, split, self._router(weights_of(model, site), split, active))
-            whole, experts = Cost.of(layer), Cost.of(layer.experts)
-            idle = experts.parameters * (len(split.routed) - active) // len(split.routed)
+            whole, count = Cost.of(layer), len(split.routed)
+            idle = Cost.of(layer.experts).parameters * (count - active) // count
             rows = sum(b.numel() for b in layer.router.buffers() if b.ndim > 1)
-            after = Cost(
-                whole.parameters + rows,
-                whole.active + rows - idle,
-                whole.multiply_adds + rows - idle,
-                whole.bits,
-            )
+            active_ones, products = (n + rows - idle for n in (whole.active, whole.multiply_adds))
+            after = Cost(whole.parameters + rows, active_ones, products, whole.bits)
             changes.append(Change(site.path, before, after, plan.notes[site.path]["error"]))
-        note = "transformers has no such router; to_native() fits a linear one"
+        note = "transformers has no such router; native() fits a linear one"
         return Report(SLUG, tuple(changes), native=False, notes=(note,))
 
     def native(
@@ -241,17 +247,9 @@ class Cmoe:
             target: As what; see :func:`isthmus.surgery.carve.to_native`.
         """
         plan.check(model, SLUG)
-        active, pairs, matrices = plan.notes["active"], list(_splits(model, plan)), []
-        read = capture(model, [site for site, _ in pairs], data, lambda: Reservoir(_TOKENS))
-        for site, split in pairs:
-            x = read[site.path].rows
-            router = self._router(weights_of(model, site), split, active)
-            with torch.no_grad():
-                chosen: Any = router(x, Context()).routing
-            wanted = torch.zeros(len(x), len(split.routed))
-            wanted[chosen.token, chosen.expert] = 1 / active
-            matrices.append(fit_linear_router(x, wanted))
-        return to_native(model, [s for _, s in pairs], matrices, active, target, even=True)
+        active, pairs = plan.notes["active"], list(_splits(model, plan))
+        routers = [self._router(weights_of(model, at), split, active) for at, split in pairs]
+        return fitted(model, [s for _, s in pairs], routers, data, active, target)
 
     def _router(self, weights: Weights, split: Split, active: int) -> Router:
         if self.settings.router == "random":
@@ -326,11 +324,12 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
 
     ours = applied(plan)
     rise = {"ours": lost(ours)}
-    for name, other, budget in (
-        ("random split", Settings(split="random"), 0.5),
-        ("marks as they are", Settings(normalised=False), 0.5),
-        ("quarter active", Settings(), 0.25),
-    ):
+    others = {
+        "a quarter active": (Settings(), 0.25),
+        "marks not normalised": (Settings(normalised=False), 0.5),
+        "the nearest unit stands for an expert": (Settings(representative="nearest"), 0.5),
+    }
+    for name, (other, budget) in {**others, "random split": (_BLIND, 0.5)}.items():
         rise[name] = lost(applied(Cmoe(other).plan(model, data, budget), other))
     rise["random routing"] = routed(lambda layer: RandomRouter(layer.experts.num_experts, 2))
     rise["oracle"] = routed(lambda layer: OracleRouter(layer.experts, 2))
@@ -338,21 +337,21 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
     for site, split in _splits(model, Cmoe(Settings(shared=4)).plan(model, data, 0.625)):
         pruned.set_submodule(site.path, kept(weights_of(model, site), split.shared))
     rise["pruned"] = lost(pruned)
-    rise["native"] = lost(Cmoe().native(model, plan, data))
+    rise[_NATIVE] = lost(Cmoe().native(model, plan, data))
 
-    # the dense model learns from more of its own text too, so both are tuned alike
-    more = torch.cat([b["input_ids"] for b in texts("train", 240, 256, seed=1).batches])
-    recipe = Recipe(steps=60 if small else 2, batch_size=4, learning_rate=3e-4)
+    # the dense model may learn from more of its own text too: the better of both counts
+    more = torch.cat([b["input_ids"] for b in texts("train", 600, 256, seed=1).batches])
+    recipe = Recipe(steps=150 if small else 2, batch_size=4, learning_rate=1e-3)
     tuned = copy.deepcopy(model)
     for each in (ours, tuned):
         tune_layers(each, more, recipe)
     after, dense_after = lost(ours), lost(tuned)
-    recovered = 1 - (after - dense_after) / rise["ours"]
+    recovered = 1 - (after - min(0.0, dense_after)) / rise["ours"]
     of_split, of_routing = (rise["ours"] / rise[f"random {n}"] for n in ("split", "routing"))
     gates = (
         Gate("loss rise, of a random split's", of_split, "<=", 0.85),
         Gate("loss rise, of random routing's", of_routing, "<=", 0.9),
-        Gate("share of the rise that tuning both alike removes", recovered, ">=", 0.6),
+        Gate("share of the rise that tuning removes", recovered, ">=", 0.6),
     )
     direction = (
         Gate("loss rise, of a random split's", of_split, "<", 1.0),
@@ -371,12 +370,11 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
                 note="baseline: half of the units pruned; off: random split; ceiling: the experts "
                 "with the largest outputs; control: random routing"),
             Row("loss rise after tuning", "nats a token", dense_after, after, None,
-                note="over the untuned dense model; baseline: the dense model tuned alike"),
-            Row("loss rise, as Qwen 2 MoE of transformers", "nats a token", None, rise["native"],
-                None, note="linear routers fitted to the computed ones"),
-            Row("loss rise, a quarter active", "nats a token", None, rise["quarter active"], None),
-            Row("loss rise, marks not normalised", "nats a token", None,
-                rise["marks as they are"], None),
+                note="baseline: the dense model, tuned alike"),
+            *(
+                Row(f"loss rise, {name}", "nats a token", None, rise[name], None)
+                for name in (_NATIVE, *others)
+            ),
             Row("planning", "s", None, seconds, None, note=f"{data.tokens} tokens, once"),
         ),
         scale=scale,
@@ -387,11 +385,15 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
         notes=(
             f"pycode-t: {dense:.3f} nats a held-out token; 6 layers of 896 units in 8 parts.",
             f"Tuning: {recipe.steps} steps of {recipe.batch_size} texts of 256 tokens.",
+            "A first run had the unit nearest to the mean stand for an expert, as the paper does: "
+            "0.364 nats, random routing 0.333. The busiest one, and a tuning that is longer and "
+            "faster, were then chosen on training text.",
             "No speed is claimed: small layers gain none on a CPU.",
         ),
     )  # fmt: skip
 
 
+_BLIND, _NATIVE = Settings(split="random"), "as Qwen 2 MoE, with fitted linear routers"
 _TINY = Model(
     name="cmoe-test", hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
     intermediate_size=64, steps=1,
