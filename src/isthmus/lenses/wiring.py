@@ -149,7 +149,7 @@ class Wiring:
     ) -> Decomposition:
         heads = self.layers[i].heads
         weight, bias = self._linear(heads.source.module)
-        b, t, s, _ = x.values.shape
+        t, s = x.values.shape[1:3]
         carried = heads.values((x.values @ weight).flatten(1, 2)).unflatten(1, (t, s))
         out, pattern = heads.out.to(carried), seen[f"pattern.{i}"]
         offset = heads.bias.to(carried)
@@ -190,7 +190,7 @@ class Wiring:
         first, activation, second = _feed_forward(path, self._modules, inside, mlp)
         reads = inside[Site(first, "in")]
         between = [(pre + attn, mid), (mid + mlp, post)] if after else [(pre, read), (mid, reads)]
-        norms = [_norm(path, inside, *pair) for pair in between]
+        norms = [_norm(path, self._modules, inside, *pair) for pair in between]
         wanted = (pre, mid) if after else (read, reads)
         if not (_same(read, wanted[0]) and _same(reads, wanted[1])):
             raise UnsupportedModelError(f"{path}: its parts do not read what the layer hands them")
@@ -261,12 +261,19 @@ def _plain(module: nn.Module) -> bool:
     return isinstance(weight, Tensor) and (weight.ndim == 1 or weight_of(module) is not None)
 
 
-def _norm(path: str, inside: Mapping[Site, Tensor], given: Tensor, made: Tensor) -> str:
+def _norm(
+    path: str,
+    modules: Mapping[str, nn.Module],
+    inside: Mapping[Site, Tensor],
+    given: Tensor,
+    made: Tensor,
+) -> str:
     for site, value in inside.items():
         before = inside.get(Site(site.module, "in"))
-        if site.end == "out" and before is not None and before.shape == given.shape:
-            if _same(before, given) and value.shape == made.shape and _same(value, made):
-                return site.module
+        if site.end == "in" or before is None or not _plain(modules[site.module]):
+            continue
+        if _same(before, given) and _same(value, made):
+            return site.module
     raise UnsupportedModelError(f"{path}: no norm lies between what it adds and what it hands on")
 
 
