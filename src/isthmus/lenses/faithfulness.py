@@ -83,7 +83,7 @@ class TokenRemoval:
     def _logits(self, ids: Tensor, there: Tensor) -> Tensor:
         found = []
         with torch.no_grad():
-            for rows, mask in zip(ids.split(_AT_ONCE), there.split(_AT_ONCE), strict=True):
+            for rows, mask in zip(*(torch.split(x, _AT_ONCE) for x in (ids, there)), strict=True):
                 found.append(self.model(input_ids=rows, attention_mask=mask.long()).logits)
         return torch.cat(found)
 

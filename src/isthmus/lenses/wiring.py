@@ -149,8 +149,8 @@ class Wiring:
     ) -> Decomposition:
         heads = self.layers[i].heads
         weight, bias = self._linear(heads.source.module)
-        t, s = x.values.shape[1:3]
-        carried = heads.values((x.values @ weight).flatten(1, 2)).unflatten(1, (t, s))
+        carried = heads.values((x.values @ weight).flatten(1, 2))
+        carried = carried.view(*x.values.shape[:3], *carried.shape[2:])  # [B, T, S, H, d]
         out, pattern = heads.out.to(carried), seen[f"pattern.{i}"]
         offset = heads.bias.to(carried)
         if bias is not None:  # of the values: a pattern's rows sum to 1, so it is passed on whole

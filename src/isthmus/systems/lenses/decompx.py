@@ -172,10 +172,11 @@ class Decompx:
 
     def _joined(self, wiring: Wiring, seen: Trace) -> Tensor:
         """Products over layers of the sizes of their parts [B, T, S]."""
-        joined = None
+        joined: Tensor | None = None
         for i in range(len(wiring.layers)):
             x = wiring.start(seen, i, self.settings.bias)
-            size = wiring.through(x, i, seen, self.settings.activation).values.norm(dim=-1)
+            parts = wiring.through(x, i, seen, self.settings.activation).values
+            size: Tensor = parts.norm(dim=-1)
             size = size[:, :, : size.shape[1]]  # without the source of biases
             size = size / size.sum(-1, keepdim=True)
             joined = size if joined is None else size @ joined
