@@ -40,10 +40,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """Activations that are told apart; all are 0 at 0."""
 
-_FLAT = 1e-6
-"""So near to 0, the slope of the line through the origin is the slope at 0."""
-
-
 @dataclass(frozen=True)
 class Decomposition:
     """Vectors as sums over sources.
@@ -167,9 +163,9 @@ class Decomposition:
             raise UnknownNameError("line", how, list(get_args(Bend)))
         act = ACTIVATIONS[activation]
         if how == "origin":
-            near = observed.abs() < _FLAT
-            slope = act(observed) / torch.where(near, 1, observed)
-            slope = torch.where(near, _slope(act, torch.zeros_like(observed)), slope)
+            flat = observed.abs() < torch.finfo(observed.dtype).tiny  # the limit, and no 0 / 0
+            slope = act(observed) / torch.where(flat, 1, observed)
+            slope = torch.where(flat, _slope(act, torch.zeros_like(observed)), slope)
             return replace(self, values=self.values * slope[:, :, None])
         slope = _slope(act, observed)
         offset = act(observed) - slope * observed
@@ -206,8 +202,11 @@ def norm_scale(module: nn.Module, x: Tensor) -> tuple[Tensor, bool, Tensor, Tens
     eps = getattr(module, "eps", getattr(module, "variance_epsilon", None)) or 0.0
     gain, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     gain = torch.ones_like(x[0, 0]) if gain is None else gain.detach().to(x)
+    bias = None if bias is None else bias.detach()
     with torch.no_grad():
         wanted = module(x)
+    if gain.ndim != 1 or wanted.shape != x.shape:
+        raise InvalidInputError(f"{type(module).__name__} is neither LayerNorm nor RMSNorm")
     for centred in (True, False):
         c = x - x.mean(-1, keepdim=True) if centred else x
         scale = (c.square().mean(-1, keepdim=True) + eps).rsqrt()
@@ -215,7 +214,7 @@ def norm_scale(module: nn.Module, x: Tensor) -> tuple[Tensor, bool, Tensor, Tens
             told = c * scale * weight
             told = told if bias is None else told + bias
             if float((told - wanted).abs().max()) <= 1e-4 * float(wanted.abs().max()):
-                return scale, centred, weight, None if bias is None else bias.detach()
+                return scale, centred, weight, bias
     raise InvalidInputError(f"{type(module).__name__} is neither LayerNorm nor RMSNorm")
 
 

@@ -106,7 +106,7 @@ class MultiHeadAttention(nn.Module):
             if kept is not None:
                 kept.extend(k, v)
                 k, v = kept.both
-        if self.tap_pattern._forward_hooks:
+        if self.tap_pattern._forward_hooks or self.tap_pattern._forward_pre_hooks:
             mixed = self._shown(q, k, v, mask, causal)
         else:
             mixed = F.scaled_dot_product_attention(

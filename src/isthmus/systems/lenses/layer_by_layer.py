@@ -296,7 +296,10 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
         Gate("points that the chosen layer loses to the best", 100 * mean_loss, "<=", 2.0),
         Gate("points of the chosen layer above the last", 100 * mean_above, ">", 0.0),
     )
-    shared = {m: sum(c[m] for c in correlations) / len(correlations) for m in correlations[0]}
+    shared = {}
+    for measure in sorted({m for each in correlations for m in each}):
+        told = [each[measure] for each in correlations if measure in each]
+        shared[measure] = sum(told) / len(told)
     extreme = _extreme(lens, subject, sites)
     return Claim(
         slug="layer-by-layer",
