@@ -40,6 +40,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """Activations that are told apart; all are 0 at 0."""
 
+
 @dataclass(frozen=True)
 class Decomposition:
     """Vectors as sums over sources.

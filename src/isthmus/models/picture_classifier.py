@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -55,3 +56,27 @@ class PictureClassifier(nn.Module, PyTorchModelHubMixin):
         """Logits [B, C] of pictures [B, 3, H, W], of which a mask may leave patches out."""
         tokens = self.encoder(pixel_values, mask)
         return ImageClassifierOutput(logits=self.head(tokens[:, 0]))
+
+
+@dataclass(frozen=True)
+class Eye:
+    """A picture classifier with what it takes to show it a picture.
+
+    Attributes:
+        model: Takes ``pixel_values``, gives ``logits``.
+        names: Its classes.
+        side: Side of the pictures that it reads.
+        mean: Of the channels, 0 to 1.
+        spread: Likewise.
+    """
+
+    model: Any
+    names: tuple[str, ...]
+    side: int
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    spread: tuple[float, ...] = (0.25, 0.25, 0.25)
+
+    def pixels(self, pictures: Tensor) -> Tensor:
+        """What the model reads, of uint8 [B, 3, H, W]."""
+        mean, spread = (torch.tensor(v)[:, None, None] for v in (self.mean, self.spread))
+        return (pictures.float() / 255 - mean) / spread
