@@ -7,13 +7,15 @@ arXiv:2310.18969).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from isthmus.lenses.heads import weight_of
-from isthmus.lenses.trace import Trace
+from isthmus.lenses.sites import eager
+from isthmus.lenses.trace import Site, Trace
 from isthmus.lenses.wiring import Wiring
 
 KEYS, ROWS = 5, 50
@@ -41,6 +43,54 @@ class Reading:
     own: Tensor
     error: float
     sums: list[float]
+
+
+def read_states(
+    wiring: Wiring,
+    pixels: Tensor,
+    norm: nn.Module,
+    rows: Tensor,
+    bias: Tensor,
+    by: Tensor | None = None,
+) -> Reading:
+    """Project every state of pictures.
+
+    Args:
+        wiring: Of the classifier.
+        pixels: [B, 3, H, W].
+        norm: Its final norm.
+        rows: Its rows [C, D].
+        bias: Its bias [C].
+        by: Other rows to read by; the check is of the classifier's.
+    """
+    layers = range(len(wiring.layers))
+    names = ("resid_pre", "attn_out", "mlp_out", "resid_post")
+    wanted = {f"{n}.{i}": wiring.sites[f"{n}.{i}"] for i in layers for n in names}
+    wanted |= {f"keys.{i}": Site(e.second, "in") for i, e in enumerate(wiring.layers)}
+    with eager(wiring.model), torch.no_grad(), Trace(wiring.model, wanted) as seen:
+        own = wiring.model(pixel_values=pixels).logits
+    read = rows if by is None else by
+
+    def said(sites: Sequence[str]) -> Tensor:
+        with torch.no_grad():
+            return torch.stack([norm(seen[n]) @ read.T + bias for n in sites])
+
+    states = ["resid_pre.0", *(f"resid_post.{i}" for i in layers)]
+    with torch.no_grad():
+        last = norm(seen[states[-1]])[:, 0] @ rows.T + bias
+    sums = []
+    for i in layers:
+        pre, attn, mlp, post = (seen[f"{n}.{i}"] for n in names)
+        sums.append(float((pre + attn + mlp - post).abs().max() / post.abs().max()))
+    return Reading(
+        said(states),
+        said([f"attn_out.{i}" for i in layers]),
+        said([f"mlp_out.{i}" for i in layers]),
+        torch.stack([seen[f"keys.{i}"].topk(KEYS).indices for i in layers]),
+        own,
+        float((last - own).abs().max() / own.abs().max()),
+        sums,
+    )
 
 
 def identifiability(logits: Tensor, target: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ class Probed:
         interval: 95 % bootstrap interval of the score.
         majority: Score of always saying the commonest label of training.
         selectivity: Score less that of the control task, where one was asked for.
+        right: Which test rows were named right; of a ridge, none.
     """
 
     score: float
@@ -34,6 +35,7 @@ class Probed:
     interval: tuple[float, float]
     majority: float
     selectivity: float | None = None
+    right: tuple[bool, ...] = ()
 
 
 def probe(
@@ -97,7 +99,12 @@ def probe(
         fooled, _ = _fit(values, control, parts, kind, seed)
         selectivity = score - _score(control[parts["test"]], fooled, kind)
     return Probed(
-        score, validation, (float(low), float(high)), _score(truth, common, kind), selectivity
+        score,
+        validation,
+        (float(low), float(high)),
+        _score(truth, common, kind),
+        selectivity,
+        () if kind == "ridge" else tuple((truth == told).tolist()),
     )
 
 

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from isthmus.claims import Claim, Gate, Row, Ruler, Scale, judge
 from isthmus.errors import InvalidInputError, UnsupportedModelError
 from isthmus.lenses.class_space import (
-    KEYS,
     ROWS,
     Reading,
     agreeing,
@@ -38,13 +37,14 @@ from isthmus.lenses.class_space import (
     matched,
     object_gap,
     probes,
+    read_states,
     rises,
 )
 from isthmus.lenses.explanation import Array, Check, Explanation, identity
 from isthmus.lenses.faithfulness import interval, places, random_scores
 from isthmus.lenses.heads import weight_of
 from isthmus.lenses.sites import TOLERANCE, eager
-from isthmus.lenses.trace import Site, Trace
+from isthmus.lenses.trace import Trace
 from isthmus.lenses.wiring import Wiring
 from isthmus.models.hub import load_classifier
 from isthmus.models.picture_classifier import Eye
@@ -136,45 +136,12 @@ class VitClassSpace:
         )
 
     def _read(self, wiring: Wiring, pixels: Tensor) -> Reading:
-        count = len(wiring.layers)
-        wanted = {
-            f"{name}.{i}": wiring.sites[f"{name}.{i}"]
-            for i in range(count)
-            for name in ("resid_pre", "attn_out", "mlp_out", "resid_post")
-        }
-        wanted |= {f"keys.{i}": Site(e.second, "in") for i, e in enumerate(wiring.layers)}
-        with eager(wiring.model), torch.no_grad(), Trace(wiring.model, wanted) as seen:
-            own = wiring.model(pixel_values=pixels).logits
         norm, rows, bias = self.classes(wiring)
-        read = rows
-        if not self.settings.project:
-            draw = torch.Generator().manual_seed(0)
-            read = torch.randn(rows.shape, generator=draw)
-            read = read / read.norm(dim=1, keepdim=True) * rows.norm(dim=1, keepdim=True)
-
-        def said(names: Sequence[str]) -> Tensor:
-            with torch.no_grad():
-                return torch.stack([norm(seen[n]) @ read.T + bias for n in names])
-
-        layers = range(count)
-        states = ["resid_pre.0", *(f"resid_post.{i}" for i in layers)]
-        with torch.no_grad():
-            last = norm(seen[states[-1]])[:, 0] @ rows.T + bias
-        sums = []
-        for i in layers:
-            pre, attn, mlp, post = (
-                seen[f"{n}.{i}"] for n in ("resid_pre", "attn_out", "mlp_out", "resid_post")
-            )
-            sums.append(float((pre + attn + mlp - post).abs().max() / post.abs().max()))
-        return Reading(
-            said(states),
-            said([f"attn_out.{i}" for i in layers]),
-            said([f"mlp_out.{i}" for i in layers]),
-            torch.stack([seen[f"keys.{i}"].topk(KEYS).indices for i in layers]),
-            own,
-            float((last - own).abs().max() / own.abs().max()),
-            sums,
-        )
+        if self.settings.project:
+            return read_states(wiring, pixels, norm, rows, bias)
+        by = torch.randn(rows.shape, generator=torch.Generator().manual_seed(0))
+        by = by / by.norm(dim=1, keepdim=True) * rows.norm(dim=1, keepdim=True)
+        return read_states(wiring, pixels, norm, rows, bias, by)
 
     def relevance(
         self,
