@@ -1,5 +1,7 @@
 """DecompX: scores add up to the logits, and say what a model that only adds words must say."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from test_decompose import model
@@ -97,7 +99,7 @@ def test_planted_texts_are_what_they_say():
         words, drawn.topic.tolist(), drawn.planted.tolist(), strict=True
     ):
         counts = [
-            sum(w in names.split() and before != "without" for before, w in zip(row, row[1:]))
+            sum(w in names.split() and before != "without" for before, w in pairwise(row))
             for names in topics.TOPICS.values()
         ]  # fmt: skip
         assert max(range(4), key=counts.__getitem__) == topic and sorted(counts)[-2:] == [2, 3]

@@ -3,11 +3,12 @@
 import pytest
 import torch
 import transformers as tf
+from test_decompose import model
 
 from isthmus.claims import Ruler
 from isthmus.errors import InvalidInputError, MismatchError, UnsupportedModelError
 from isthmus.lenses.class_space import gaps_by_chance, identifiability, object_gap
-from isthmus.lenses.trace import Intervene, Site
+from isthmus.lenses.trace import Intervene, Site, Trace
 from isthmus.models.picture_classifier import Eye
 from isthmus.signals.image import write_image
 from isthmus.systems.lenses.vit_class_space import Settings, VitClassSpace, claim
@@ -17,11 +18,11 @@ from isthmus.workbench import shape_names
 
 @pytest.fixture(scope="module")
 def eye():
-    model = shape_names.shape_model(shape_names.tiny())
+    shown = shape_names.shape_model(shape_names.tiny())
     with torch.no_grad():  # nearly untrained weights say nearly nothing
-        for p in model.parameters():
+        for p in shown.parameters():
             p.mul_(3) if p.ndim == 2 else None
-    return Eye(model, tuple(model.names), model.side)
+    return Eye(shown, tuple(shown.names), shown.side)
 
 
 def hub_vit():
@@ -55,27 +56,27 @@ def test_the_gap_leaves_the_class_token_out_and_shuffles_find_none():
 
 
 def test_the_last_class_token_reads_as_the_model_writes(eye):
-    for model, given in ((eye.model, pixels(48)), (hub_vit(), pixels())):
+    for inside, given in ((eye.model, pixels(48)), (hub_vit(), pixels())):
         lens = VitClassSpace()
-        found = lens.read(model, given)
+        found = lens.read(inside, given)
         with torch.no_grad():
-            logits = model(pixel_values=given).logits
+            logits = inside(pixel_values=given).logits
         assert torch.allclose(found.logits[-1, :, 0], logits, atol=1e-5)
         assert found.error < 1e-5 and max(found.sums) < 1e-5
         target = torch.tensor([1, 0, 3])
         rank = (logits > logits.gather(1, target[:, None])).sum(1)
         got = identifiability(found.logits, target)[-1, :, 0]
         assert got.tolist() == (1 - rank / logits.shape[1]).tolist()
-        blind = VitClassSpace(Settings(project=False)).read(model, given)
+        blind = VitClassSpace(Settings(project=False)).read(inside, given)
         assert not torch.allclose(blind.logits, found.logits) and blind.error < 1e-5
-        assert not any(m._forward_hooks for m in model.modules())
+        assert not any(m._forward_hooks for m in inside.modules())
 
 
 def test_relevance_is_what_small_changes_of_the_pattern_do():
-    model, given = hub_vit().double(), pixels(count=1).double()
+    inside, given = hub_vit().double(), pixels(count=1).double()
     lens = VitClassSpace()
-    wiring = lens.know(model, given)
-    got = lens.relevance(model, given, torch.tensor([2]), wiring)[0]
+    wiring = lens.know(inside, given)
+    got = lens.relevance(inside, given, torch.tensor([2]), wiring)[0]
     norm, rows, _ = lens.classes(wiring)
     total = torch.zeros(16, dtype=torch.float64)
     for i, path in enumerate(wiring.sites.stacks[""].layers):
@@ -96,8 +97,8 @@ def test_relevance_is_what_small_changes_of_the_pattern_do():
 
                 outs = []
                 for how in ({}, {attention.mixed: change}):
-                    with Intervene(model, how), torch.no_grad():
-                        outs.append(_class_of(model, path, given, norm, rows[2]))
+                    with Intervene(inside, how), torch.no_grad():
+                        outs.append(_class_of(inside, path, given, norm, rows[2]))
                 slope = (outs[1] - outs[0]) / step
                 total[s - 1] += (slope * pattern[0, h, 0, s]).clamp(min=0)
     assert torch.allclose(got, total, atol=1e-5, rtol=1e-3)
@@ -110,15 +111,14 @@ def test_relevance_is_what_small_changes_of_the_pattern_do():
 
 
 def _read(wiring, seen, i):
-    from isthmus.lenses.trace import Trace  # what the values of layer i are made from
-
+    """What the values of layer i are made from."""
     site = Site(wiring.layers[i].heads.source.module, "in")
     with torch.no_grad(), Trace(wiring.model, {"x": site}) as again:
         wiring.model(pixel_values=pixels(count=1).double())
     return again["x"]
 
 
-def _class_of(model, path, given, norm, row):
+def _class_of(inside, path, given, norm, row):
     from isthmus.lenses.trace import Trace
 
     with Trace(model, {"x": Site(path)}) as seen:
@@ -149,11 +149,7 @@ def test_what_cannot_be_read_is_refused(eye):
     with pytest.raises(MismatchError, match="last class token"):
         VitClassSpace().explain(eye, "1")
     handle.remove()
-    config = tf.BertConfig(
-        vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=16,
-    )  # fmt: skip
-    text = tf.BertForSequenceClassification(config).eval()
+    text = model("Bert")
 
     class Wrapped(torch.nn.Module):
         def __init__(self):

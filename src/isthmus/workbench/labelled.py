@@ -72,12 +72,14 @@ def task(name: str, counts: tuple[int, int, int] = (600, 200, 300), seed: int = 
     for group, text, label in TASKS[name](sum(counts)):
         by_part[_part(f"{name}/{group}")].append((text, label))
     rows: list[tuple[str, str, str]] = []
+    known: set[str] = set()
     for part, count in zip(PARTS, counts, strict=True):
         found = sorted(set(by_part[part]))
         random.Random(f"labelled/{name}/{part}/{seed}").shuffle(found)
+        if part != "train":  # what training does not show cannot be told
+            found = [row for row in found if row[1] in known]
         rows += [(text, label, part) for text, label in found[:count]]
-    known = {label for _, label, part in rows if part == "train"}
-    rows = [row for row in rows if row[1] in known]
+        known |= {label for _, label, _ in rows} if part == "train" else set()
     texts, labels, split = zip(*rows, strict=True)
     return Labelled(texts, labels, split)
 

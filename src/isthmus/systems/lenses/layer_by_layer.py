@@ -211,7 +211,8 @@ class LayerByLayer:
             method="layer-by-layer",
             model=identity(subject.model),
             inputs=[f"{len(lines)} texts, the first: {lines[0][:200]}"],
-            target=f"take the {found.names[found.chosen]}, by {self.settings.choose} of {len(lines)} texts",
+            target=f"take the {found.names[found.chosen]}, by {self.settings.choose} of "
+            f"{len(lines)} texts",
             arrays={
                 "measures, each from its least to its most": Array(
                     picture, ("measure", "layer"), (tuple(found.values), found.names)
