@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers as tf
-from test_decompose import model
+from torch import nn
 
 from isthmus.claims import Ruler
 from isthmus.errors import InvalidInputError, MismatchError, UnsupportedModelError
@@ -103,7 +103,7 @@ def test_relevance_is_what_small_changes_of_the_pattern_do():
                 total[s - 1] += (slope * pattern[0, h, 0, s]).clamp(min=0)
     assert torch.allclose(got, total, atol=1e-5, rtol=1e-3)
     plain = VitClassSpace(Settings(project=False)).relevance(
-        model, given, torch.tensor([2]), wiring
+        inside, given, torch.tensor([2]), wiring
     )
     seen = wiring.trace({"pixel_values": given})[0]
     want = sum(seen[f"pattern.{i}"][0, :, 0, 1:].sum(0) for i in range(2))
@@ -119,10 +119,8 @@ def _read(wiring, seen, i):
 
 
 def _class_of(inside, path, given, norm, row):
-    from isthmus.lenses.trace import Trace
-
-    with Trace(model, {"x": Site(path)}) as seen:
-        model(pixel_values=given)
+    with Trace(inside, {"x": Site(path)}) as seen:
+        inside(pixel_values=given)
     return float(norm(seen["x"][:, 0]) @ row)
 
 
@@ -149,18 +147,10 @@ def test_what_cannot_be_read_is_refused(eye):
     with pytest.raises(MismatchError, match="last class token"):
         VitClassSpace().explain(eye, "1")
     handle.remove()
-    text = model("Bert")
-
-    class Wrapped(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = text
-
-        def forward(self, pixel_values):
-            return self.inner(input_ids=torch.tensor([[3, 5, 7, 9]]))
-
-    with pytest.raises(UnsupportedModelError, match="does not read a class token"):
-        VitClassSpace().know(Wrapped().eval(), pixels())
+    inside = hub_vit()
+    inside.classifier = nn.Sequential(inside.classifier, nn.Tanh(), nn.Linear(5, 5))
+    with pytest.raises(UnsupportedModelError, match=r"not read a class token.*tanh, classifier\.2"):
+        VitClassSpace().know(inside, pixels())
 
 
 def test_the_claim_runs_and_its_identities_hold():
