@@ -36,7 +36,8 @@ def spectrum(z: Tensor, *, unit: bool = False) -> Tensor:
     total = values.sum(-1, keepdim=True)
     if bool((total == 0).any()):
         raise InvalidInputError("a cloud of zeros has no spectrum")
-    return values / total
+    shares: Tensor = values / total
+    return shares
 
 
 def entropy(z: Tensor, order: float = 1.0, *, unit: bool = False, share: bool = False) -> Tensor:
@@ -103,7 +104,8 @@ def curvature(z: Tensor, *, absolute: bool = False) -> Tensor:
     steps = steps / steps.norm(dim=-1, keepdim=True).clamp(min=1e-30)
     cosine = (steps[..., 1:, :] * steps[..., :-1, :]).sum(-1)
     cosine = cosine.abs() if absolute else cosine
-    return cosine.clamp(-1, 1).arccos().mean(-1)
+    angle: Tensor = cosine.clamp(-1, 1).arccos().mean(-1)
+    return angle
 
 
 def anisotropy(z: Tensor, *, without: int = 0) -> float:

@@ -114,14 +114,14 @@ def _fit(
     """What the best probe says of the test rows, and its score on the validation rows."""
     linear: Any = require("sklearn.linear_model", "workbench")
     nets: Any = require("sklearn.neural_network", "workbench")
-    made = {
+    made: dict[str, Any] = {
         "logistic": lambda c: linear.LogisticRegression(C=c, max_iter=1000),
         "ridge": lambda c: linear.Ridge(alpha=1 / c),
         "mlp": lambda c: nets.MLPClassifier((64,), alpha=0.01 / c, max_iter=300, random_state=seed),
-    }[kind]
+    }
     best: tuple[float, Any] | None = None
     for strength in STRENGTHS:
-        model = made(strength).fit(values[parts["train"]], labels[parts["train"]])
+        model = made[kind](strength).fit(values[parts["train"]], labels[parts["train"]])
         told = model.predict(values[parts["validation"]])
         score = _score(labels[parts["validation"]], told, kind)
         if best is None or score > best[0]:

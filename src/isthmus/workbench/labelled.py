@@ -152,7 +152,7 @@ def _identifier(count: int) -> list[tuple[str, str, str]]:
                 kinds[node.name].add("import")
             elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
                 kinds[node.id].add("variable")
-    told = [(name, name, *kind) for name, kind in sorted(kinds.items()) if len(kind) == 1]
+    told = [(name, name, min(kind)) for name, kind in sorted(kinds.items()) if len(kind) == 1]
     by_kind: dict[str, list[tuple[str, str, str]]] = defaultdict(list)
     for row in told:
         by_kind[row[2]].append(row)
