@@ -8,6 +8,8 @@ Differs: Also for models that normalise before adding (with or without taking th
     for any chain of norms, linear maps and activations above the layers. Gated feed-forwards are
     refused. All parts of a layer are kept, so a text of T tokens needs T * T vectors.
 
+::
+
     x_i = sum_k x_{i<-k}                                       (eq. 6)
     attention: mix by the observed pattern;  norm: by the observed deviation  (eq. 9 to 11)
     activation: theta = act(z) / z, unit by unit               (eq. 13 and 14)

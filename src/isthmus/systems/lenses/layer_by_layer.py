@@ -7,6 +7,8 @@ Idea: Entropy, curvature and invariance of each layer's vectors tell how well th
 Differs: Text models of one stack; no vision models. DiME centres the vectors before it compares
     them, because a language model's share one large direction.
 
+::
+
     text ──▶ layer 0 ... L, final norm ──mean over tokens──▶ Z_l [N, D]
     prompt entropy, effective rank, curvature: of a text's path     data entropy: of Z_l
     InfoNCE, DiME, LiDAR: of views of the same texts with typing errors ──▶ the layer to take

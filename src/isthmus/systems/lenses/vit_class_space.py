@@ -7,6 +7,8 @@ Idea: The rows of the classifier are classes as vectors of the residual stream; 
 Differs: The classifier's bias is kept, so that the last class token reads as the model's logits.
     Models that average their patches have no class token and are refused.
 
+::
+
     logits = E norm(h) + b,   rank r of the class,   identifiability = 1 - r / C      (section 3)
     relevance of a patch = sum over blocks and heads of max(0, pattern * d class / d pattern)
 """
@@ -125,7 +127,8 @@ class VitClassSpace:
         """
         wiring = wiring or self.know(model, pixels)
         found = [self._read(wiring, part) for part in torch.split(pixels, ROWS)]
-        join = {k: torch.cat([getattr(f, k) for f in found], 1) for k in _STATES}
+        names = ("logits", "attention", "forward", "keys")
+        join = {k: torch.cat([getattr(f, k) for f in found], 1) for k in names}
         return Reading(
             **join,
             own=torch.cat([f.own for f in found]),
@@ -269,9 +272,6 @@ class VitClassSpace:
             seconds=time.perf_counter() - started,
             picture=picture.permute(1, 2, 0).contiguous().numpy(),
         ).require()
-
-
-_STATES = ("logits", "attention", "forward", "keys")
 
 
 def _picture(given: str, subject: Eye) -> Tensor:
