@@ -1,5 +1,7 @@
 """Explanations: they say which checks failed, and come back from files as they were."""
 
+import base64
+import io
 import json
 import re
 
@@ -90,6 +92,36 @@ def test_the_page_needs_nothing_from_outside_and_escapes_every_word():
     assert page.count("<td style=") >= 4  # the number behind every colour
     for tag in ("table", "svg", "div", "tr", "td", "th", "p", "details"):
         assert len(re.findall(f"<{tag}[ >]", page)) == page.count(f"</{tag}>"), tag
+
+
+def test_labels_are_as_given_and_colours_have_a_scale():
+    array = Array(np.array([[0.0, 0.5]]), ("layer", "token"), (("layer 1",), (" ", "a b")))
+    page = made(arrays={"score": array}, graph=None).html()
+    assert "<th>layer 1</th>" in page and "<th>\u00b7</th>" in page and "<th>a b</th>" in page
+    assert 'class="scale"' in page and ">0.5</span>" in page
+    words = Array(np.array([0.5, -1.0]), ("token",), (("<s>", "a"),), True)
+    assert page.count('class="words"') == 0
+    page = made(arrays={"score": words}, graph=None).html()
+    assert 'class="words"' in page and ">&lt;s&gt;</span>" in page
+
+
+def test_a_picture_lies_under_its_map_and_comes_back_from_a_folder(tmp_path):
+    from PIL import Image
+
+    picture = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+    grid = Array(np.array([[0.0, 1.0]]), ("row", "column"), (("1",), ("1", "2")))
+    found = made(picture=picture, arrays={"map": grid}, graph=None)
+    page = found.html()
+    data = re.search(r'href="data:image/png;base64,([^"]+)"', page)
+    assert data is not None and page.count("<rect") == 4
+    read = Image.open(io.BytesIO(base64.b64decode(data.group(1))))
+    assert np.array_equal(np.array(read), picture)  # by another reader
+    found.save(tmp_path / "out")
+    again = Explanation.load(tmp_path / "out")
+    assert again.picture is not None and np.array_equal(again.picture, picture)
+    assert json.loads(json.dumps(found.to_dict()))["picture"][0][0] == [0, 1, 2]
+    with pytest.raises(InvalidInputError, match="uint8"):
+        made(picture=picture.astype(float))
 
 
 def test_many_rows_are_folded_not_left_out():

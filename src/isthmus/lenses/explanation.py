@@ -23,6 +23,7 @@ from isthmus import folders
 from isthmus.errors import BrokenFileError, InvalidInputError, MismatchError, require
 
 _RECORD, _VALUES = "explanation.json", "arrays.safetensors"
+_PICTURE = "(picture)"
 _WIDE = 28
 """Characters that a label may have in a terminal."""
 
@@ -122,6 +123,7 @@ class Explanation:
         graph: Nodes and edges, where the lens finds some.
         params: Settings of the lens.
         seconds: Time that it took.
+        picture: What was looked at, uint8 [H, W, 3]; arrays over ``row`` and ``column`` lie on it.
     """
 
     method: str
@@ -134,6 +136,12 @@ class Explanation:
     graph: Graph | None = None
     params: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    picture: NDArray[np.uint8] | None = None
+
+    def __post_init__(self) -> None:
+        shape = () if self.picture is None else self.picture.shape
+        if shape and (len(shape) != 3 or shape[2] != 3 or self.picture.dtype != np.uint8):  # type: ignore[union-attr]
+            raise InvalidInputError("the picture of an explanation is uint8 [H, W, 3]")
 
     @property
     def trusted(self) -> bool:
@@ -158,7 +166,8 @@ class Explanation:
         """Plain data for JSON."""
         arrays = {n: asdict(a) | {"values": a.values.tolist()} for n, a in self.arrays.items()}
         checks = [asdict(c) | {"passed": c.passed} for c in self.checks]
-        return asdict(self) | {"arrays": arrays, "checks": checks}
+        picture = None if self.picture is None else self.picture.tolist()
+        return asdict(self) | {"arrays": arrays, "checks": checks, "picture": picture}
 
     def __str__(self) -> str:
         lines = [f"{self.method}: {self.target}", *(f"  {check}" for check in self.checks)]
@@ -269,6 +278,9 @@ class Explanation:
         record = asdict(self)
         arrays = record.pop("arrays")
         values = {name: np.ascontiguousarray(a.values) for name, a in self.arrays.items()}
+        record["picture"] = self.picture is not None
+        if self.picture is not None:
+            values[_PICTURE] = np.ascontiguousarray(self.picture)
         record["arrays"] = {
             name: {k: v for k, v in each.items() if k != "values"} for name, each in arrays.items()
         }
@@ -301,6 +313,7 @@ class Explanation:
                 )
                 for name, each in record["arrays"].items()
             }
+            record["picture"] = values[_PICTURE] if record.get("picture") else None
             record["checks"] = [Check(**each) for each in record["checks"]]
             if record["graph"] is not None:
                 graph = record["graph"]

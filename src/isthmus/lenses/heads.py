@@ -118,7 +118,7 @@ def _find(model: nn.Module, path: str, attn_out: Site, probe: Mapping[str, Any])
         if v.ndim == 4 and torch.allclose(v.sum(-1), torch.ones(1, dtype=v.dtype), atol=1e-3)
     ]
     modules = dict(model.named_modules())
-    linear = {s: v for s, v in values.items() if _weight(modules[s.module]) is not None}
+    linear = {s: v for s, v in values.items() if weight_of(modules[s.module]) is not None}
     for pattern, p in patterns:
         for site, v in linear.items():
             given = values.get(Site(site.module, "in"))
@@ -126,7 +126,7 @@ def _find(model: nn.Module, path: str, attn_out: Site, probe: Mapping[str, Any])
                 continue
             if float((v - wanted).abs().max()) > limit:
                 continue
-            weight = _weight(modules[site.module])
+            weight = weight_of(modules[site.module])
             assert weight is not None
             count = p.shape[1]
             if weight.shape[0] % count:
@@ -153,8 +153,8 @@ def _find(model: nn.Module, path: str, attn_out: Site, probe: Mapping[str, Any])
     )
 
 
-def _weight(module: nn.Module) -> Tensor | None:
-    """Weight of a linear map as [in, out]."""
+def weight_of(module: nn.Module) -> Tensor | None:
+    """Weight of a linear map as [in, out]; None for other modules."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2 or isinstance(module, nn.Embedding):
         return None

@@ -149,6 +149,43 @@ def load_checkpoint(source: str, *, dtype: str = "auto", device: str = "auto") -
     return Checkpoint(model.to(where).eval(), load_tokenizer(source), source)
 
 
+def load_classifier(source: str, what: str = "text") -> Checkpoint:
+    """Load a classifier in float32 on the CPU, with its tokenizer if it reads text.
+
+    Args:
+        source: Folder of a checkpoint, or a hub id.
+        what: It classifies a ``"text"`` or an ``"image"``.
+
+    Raises:
+        UnknownNameError: Neither a folder nor a hub id that can be reached.
+        BrokenFileError: A file of the checkpoint is damaged.
+        UnsupportedModelError: The checkpoint is no such classifier.
+    """
+    if not Path(source).exists():
+        _check_reachable(source)
+    from transformers import (
+        AutoConfig,
+        AutoModelForImageClassification,
+        AutoModelForSequenceClassification,
+    )
+
+    auto: Any = AutoModelForImageClassification
+    if what == "text":
+        auto = AutoModelForSequenceClassification
+    with no_progress_bars(), _Translated(source):
+        config = AutoConfig.from_pretrained(source)
+        if type(config) not in auto._model_mapping:
+            raise UnsupportedModelError(f"{source}: {config.model_type!r} classifies no {what}")
+        model, told = auto.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+        if told["missing_keys"]:
+            raise UnsupportedModelError(
+                f"{source} is no trained classifier of {what}: it lacks "
+                f"{sorted(told['missing_keys'])[0]}; give a checkpoint that was fine-tuned"
+            )
+    _check_complete(model, source)
+    return Checkpoint(model.eval(), load_tokenizer(source) if what == "text" else None, source)
+
+
 def _check_reachable(source: str) -> None:
     """Ask the hub once, so that a wrong name answers in seconds and not after five retries.
 

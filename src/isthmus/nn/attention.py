@@ -47,6 +47,10 @@ class MultiHeadAttention(nn.Module):
         scaled: Whether scores are divided by the root of ``head_dim``; T5 leaves that to its
             initial weights.
         dropout: Of the attention's weights, in training.
+
+    Attributes:
+        tap_pattern: The pattern [B, H, T, S] passes here while a hook is on it; otherwise a fused
+            kernel is used, which has none.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class MultiHeadAttention(nn.Module):
         self.k_proj = nn.Linear(hidden_size, inner, bias=bias)
         self.v_proj = nn.Linear(hidden_size, inner, bias=bias)
         self.out_proj = nn.Linear(inner, hidden_size, bias=bias)
+        self.tap_pattern = nn.Identity()
 
     def forward(
         self,
@@ -101,17 +106,40 @@ class MultiHeadAttention(nn.Module):
             if kept is not None:
                 kept.extend(k, v)
                 k, v = kept.both
-        mixed = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=causal,
-            scale=self.scale,
-        )
+        if self.tap_pattern._forward_hooks or self.tap_pattern._forward_pre_hooks:
+            mixed = self._shown(q, k, v, mask, causal)
+        else:
+            mixed = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                dropout_p=self.dropout if self.training else 0.0,
+                is_causal=causal,
+                scale=self.scale,
+            )
         out: torch.Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
         return out
+
+    def _shown(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        causal: bool,
+    ) -> torch.Tensor:
+        """The same without the fused kernel: [B, H, T, d]."""
+        scores = q @ k.mT * self.scale
+        if causal:
+            later = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)
+            scores = scores.masked_fill(later, -torch.inf)
+        if mask is not None:
+            hides = mask.dtype == torch.bool
+            scores = scores.masked_fill(~mask, -torch.inf) if hides else scores + mask
+        pattern = self.tap_pattern(F.dropout(scores.softmax(-1), self.dropout, self.training))
+        mixed: torch.Tensor = pattern @ v
+        return mixed
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         """[B, S, H d] to [B, H, S, d]."""

@@ -47,7 +47,7 @@ def check_lens(lens: Lens, subject: Any, given: str) -> None:
     for name, array in first.arrays.items():
         assert np.array_equal(array.values, again.arrays[name].values), f"{name} changes in a file"
     target = getattr(subject, "target", None)
-    model = getattr(target, "model", subject)
+    model = getattr(target or subject, "model", subject)
     for module in getattr(model, "modules", list)():
         hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)
         assert not hooks, f"a hook is left on {type(module).__name__}"
