@@ -216,7 +216,12 @@ class CachedConformer:
 
 @torch.no_grad()
 def windowed(
-    encoder: Conformer, features: torch.Tensor, frames: torch.Tensor, past: int, size: int
+    encoder: Conformer,
+    features: torch.Tensor,
+    frames: torch.Tensor,
+    past: int,
+    size: int,
+    ahead: int = 0,
 ) -> torch.Tensor:
     """What an encoder that needs the whole sound makes of a stream: windows, each by itself.
 
@@ -226,6 +231,7 @@ def windowed(
         frames: Valid ones [1].
         past: Frames behind the encoder that a window has before those that are kept.
         size: Frames that are kept of a window.
+        ahead: Frames that a window has behind those that are kept.
 
     Returns:
         [T, D].
@@ -233,9 +239,12 @@ def windowed(
     factor = 2**encoder.subsampling.halvings
     total = int(encoder.subsampling.lengths(frames))
     starts = range(0, total, size)
-    cuts = [(max(0, start - past), min(total, start + size)) for start in starts]
+    cuts = [(max(0, start - past), min(total, start + size + ahead)) for start in starts]
     parts = [features[0, :, factor * a : factor * b].T for a, b in cuts]
     lengths = torch.tensor([len(part) for part in parts])
     states = encoder(pad_sequence(parts, True).transpose(1, 2), lengths)[0]
-    kept = [row[start - a : b - a] for row, start, (a, b) in zip(states, starts, cuts, strict=True)]
+    kept = [
+        row[start - a : min(b, start + size) - a]
+        for row, start, (a, b) in zip(states, starts, cuts, strict=True)
+    ]
     return torch.cat(kept)

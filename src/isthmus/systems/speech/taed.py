@@ -173,7 +173,14 @@ class Taed(TrainedSystem):
             Settings(
                 40, 96, 4, 4, 9, 4, 16, 2, 384, 96, dropout=0.0, batch_size=16, longest=20, ear=True
             ),
-            Plan(800, learning_rate=2e-3, warmup_steps=60, weight_decay=1e-2, validate_every=400),
+            Plan(
+                400,
+                learning_rate=2e-3,
+                warmup_steps=40,
+                betas=(0.9, 0.98),
+                weight_decay=1e-2,
+                validate_every=400,
+            ),
             f"{DATA}-said",
         ),
         "paper": Scale(
@@ -271,10 +278,10 @@ def arms(told: Scale, *, short: bool) -> dict[str, tuple[Settings, Plan]]:
     plain = {"cross": False, "inner": s.inner + 2 * width, "decoder_weight": 0.0}
     chosen: dict[str, tuple[dict[str, Any], int]] = {
         "taed": ({}, told.plan.steps),
-        "transducer": (plain, 1090),
-        "taed, offline": ({"chunk": 0}, 600),
-        "transducer, offline": (plain | {"chunk": 0}, 640),
-        "decoder, offline": ({"chunk": 0, "transduce": False}, 640),
+        "transducer": (plain, 545),
+        "taed, offline": ({"chunk": 0}, 240),
+        "transducer, offline": (plain | {"chunk": 0}, 256),
+        "decoder, offline": ({"chunk": 0, "transduce": False}, 256),
     }
     return {
         name: (
@@ -365,9 +372,9 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
         notes=(
             "off is the baseline: without cross-attention a transducer remains, its feed-forwards "
             "wider by what cross-attention had",
-            "all arms of a mode start from one cached CTC encoder of the words said, and take "
-            "steps of about equal cost in all; in a pilot on the validated dates, a third of these "
-            "steps taught the offline arm nothing",
+            "all arms start from one cached CTC encoder of the words said, which hears everything "
+            "so far, and those of a mode take steps of about equal cost in all; in a pilot of 160 "
+            "steps the offline decoder wrote 50 of 60 validated dates rightly",
             f"{len(records)} held-out dates in known voices, none of them validated on; one seed",
         ),
     )
