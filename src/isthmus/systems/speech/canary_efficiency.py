@@ -110,7 +110,7 @@ class Settings:
     ear: int = 0
 
 
-EAR = Plan(500, learning_rate=2e-3, warmup_steps=50, weight_decay=1e-2, validate_every=250)
+EAR = Plan(600, learning_rate=2e-3, warmup_steps=60, weight_decay=1e-2, validate_every=200)
 """How the ear is trained, once for all that start from it."""
 
 
@@ -213,7 +213,7 @@ class CanaryEfficiency(TrainedSystem):
             Settings(
                 40, 96, 10, 2, 4, 9, 16, 4, inner=192, spell=True, parts=8, batch_size=4, ear=6
             ),
-            Plan(300, learning_rate=2e-3, warmup_steps=30, weight_decay=1e-2, validate_every=300),
+            Plan(400, learning_rate=2e-3, warmup_steps=40, weight_decay=1e-2, validate_every=200),
             DATA,
         ),
         "paper": Scale(
@@ -300,7 +300,7 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
     more = kind["2-D"].rows / kind["1-D"].rows
     # (b) CPU time to a loss, both at a constant rate and with about as many rows a batch
     some = Data(records.train, records.valid[:40], records.name)
-    steps = 100 if small else 4
+    steps = 120 if small else 4
     plan = replace(
         told.plan, steps=steps, schedule="constant", validate_every=steps // 10 or 1,
         warmup_steps=steps // 10,
