@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,11 +18,14 @@ from transformers import (
 )
 
 import isthmus
+from isthmus import api
+from isthmus.cli import shrink
 from isthmus.cli.main import main
 from isthmus.errors import BrokenFileError
 from isthmus.models.hub import load_checkpoint
 from isthmus.surgery import export
 from isthmus.surgery.base import Change, Cost, Plan, Report, fingerprint
+from isthmus.surgery.calibration import Calibration
 from isthmus.systems.surgery.optimal_brain_compression import OptimalBrainCompression as Surgeon
 from isthmus.workbench import dates, reference
 from isthmus.workbench.tokenizer import load_tokenizer
@@ -37,8 +41,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=4096,
-        hidden_size=16,
-        intermediate_size=24,
+        hidden_size=32,
+        intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=128,
@@ -89,13 +93,13 @@ def test_an_interrupted_run_goes_on(
 ) -> None:
     """The layers that were done are not done again, and neither is a complete plan."""
     done: list[int] = []
-    shrink = Surgeon.shrink
+    one_layer = Surgeon.shrink
 
     def count(self: Surgeon, *arguments: object) -> object:
         done.append(1)
         if len(done) == stop_at:
             raise KeyboardInterrupt
-        return shrink(self, *arguments)  # type: ignore[arg-type]
+        return one_layer(self, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Surgeon, "shrink", count)
     words = ["shrink", str(model), *OBC, *FEW[:-1], "0", "--budget", "0.5", "--data", str(texts)]
@@ -222,3 +226,26 @@ def test_a_shape_of_its_own_loads_in_isthmus_only(model: Path, tmp_path: Path) -
     (out / "plan.safetensors").write_bytes(b"x")
     with pytest.raises(BrokenFileError, match="altered"):
         isthmus.load(out)
+
+
+def test_a_result_without_a_fast_forward_is_compared_without_one(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a cut would look slow because of the engine that it cannot use."""
+
+    def loaded(source: str | Path, **options: Any) -> Any:
+        if source != "after":
+            return load(source, **options)
+        module = load_checkpoint(str(model), dtype="float32", device="cpu").model
+        module.model.layers[0].mlp.register_forward_hook(lambda m, a, out: out * 0.5)
+        return isthmus.Model(module)
+
+    load = isthmus.load
+    monkeypatch.setattr(api, "load", loaded)
+    ids = torch.arange(3, 20)[None]
+    data = Calibration(({"input_ids": ids, "attention_mask": torch.ones_like(ids)},))
+    found = shrink._speeds(str(model), "after", data, 1, "cpu")
+    assert {"32 tokens", "32 tokens, torch", "first token, torch", "note"} <= found.keys()
+    assert found["32 tokens"]["after_ms"] == found["32 tokens, torch"]["after_ms"]
+    again = shrink._speeds(str(model), str(model), data, 1, "cpu")
+    assert "note" not in again and "32 tokens, torch" not in again

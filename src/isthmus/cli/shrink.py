@@ -221,6 +221,9 @@ def _speeds(place: str, out: str, held_out: Any, repeats: int, device: str) -> d
 
     from isthmus import api
     from isthmus.claims import Ruler, ratio
+    from isthmus.decoding.fast import FastTarget
+    from isthmus.decoding.model import Model
+    from isthmus.models.hub import load_checkpoint
 
     models = {
         name: api.load(source, device=device)
@@ -242,16 +245,29 @@ def _speeds(place: str, out: str, held_out: Any, repeats: int, device: str) -> d
     longest = _NEW_TOKENS
     if limit is not None and models["before"].target.encoder_decoder:
         longest = min(longest, limit - 1)
-    for what, tokens in (("first token", 1), (f"{longest} tokens", longest)):
-        timed = Ruler().compare({n: write(n, tokens) for n in models}, repeats=repeats)
-        speedup = ratio(timed["before"], timed["after"])
-        found[what] = {
-            "before_ms": 1000 * timed["before"].median_s,
-            "after_ms": 1000 * timed["after"].median_s,
-            "speedup": speedup.median,
-            "low": speedup.low,
-            "high": speedup.high,
-        }
+    kinds = {name: isinstance(each.target, FastTarget) for name, each in models.items()}
+    names, rows = ["before", "after"], [("first token", 1), (f"{longest} tokens", longest)]
+    if kinds["before"] and not kinds["after"]:
+        # one's own shape runs through torch: the original is timed there too, to compare cuts
+        models["torch"] = Model(
+            load_checkpoint(place, dtype="float32", device=device).model, fast=False
+        )
+        names.append("torch")
+        found["note"] = (
+            "the original has a fast forward and the result has none: rows named torch compare "
+            "both without it"
+        )
+    for what, tokens in rows:
+        timed = Ruler().compare({n: write(n, tokens) for n in names}, repeats=repeats)
+        for base in names[::2]:
+            speedup = ratio(timed[base], timed["after"])
+            found[what if base == "before" else f"{what}, torch"] = {
+                "before_ms": 1000 * timed[base].median_s,
+                "after_ms": 1000 * timed["after"].median_s,
+                "speedup": speedup.median,
+                "low": speedup.low,
+                "high": speedup.high,
+            }
     return found
 
 
@@ -294,5 +310,5 @@ def _show(result: dict[str, Any], report: Any) -> None:
             f"{worst.error:.2%} at {worst.path}"
         )
     to.print(f"evaluated on {result['evaluated on']} ({result['tokens']:,} tokens)")
-    for note in report.notes:
+    for note in (*report.notes, *([result["speed"]["note"]] if "note" in result["speed"] else [])):
         to.print(f"note: {note}")
