@@ -341,7 +341,7 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
 
     # the dense model may learn from more of its own text too: the better of both counts
     more = torch.cat([b["input_ids"] for b in texts("train", 600, 256, seed=1).batches])
-    recipe = Recipe(steps=150 if small else 2, batch_size=4, learning_rate=1e-3)
+    recipe = Recipe(steps=100 if small else 2, batch_size=4, learning_rate=1e-3)
     tuned = copy.deepcopy(model)
     for each in (ours, tuned):
         tune_layers(each, more, recipe)
