@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from isthmus.claims import Ratio, Ruler, ratio
+from isthmus.claims import Ratio, Row, Ruler, ratio
 from isthmus.decoding.model import Model
 from isthmus.nn.sparse_gemv import ThresholdedLinear
 
@@ -35,6 +35,19 @@ class LayerSpeed:
     dense_ms: float
     ours: dict[float, Ratio]
     int8_ms: float | None
+
+    def row(self, sparsity: float) -> Row:
+        """A line of a claim: the dense product against ours at one share of skipped inputs."""
+        return Row(
+            f"one token through {self.shape[0]} x {self.shape[1]}, {sparsity:.0%} skipped",
+            "ms",
+            self.dense_ms,
+            self.dense_ms / self.ours[sparsity].median,
+            None,
+            control=self.int8_ms,
+            note="control: int8; "
+            + ", ".join(f"{s:.0%} skipped {r}" for s, r in self.ours.items()),
+        )
 
 
 @torch.no_grad()
