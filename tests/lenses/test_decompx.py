@@ -1,7 +1,5 @@
 """DecompX: scores add up to the logits, and say what a model that only adds words must say."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 from test_decompose import model
@@ -58,15 +56,15 @@ def test_off_the_scores_have_no_sign_and_say_the_same_of_every_class():
 def test_the_contract_and_the_door():
     lens = Decompx()
     subject = lens.open(topics.topic_folder(topics.tiny()))
-    check_lens(lens, subject, "the harbour was without violin and boat")
-    found = lens.explain(subject, "boat without drum")
+    check_lens(lens, subject, "the harbour was near violin and boat")
+    found = lens.explain(subject, "boat near drum")
     table = found.tables["tokens"]
-    assert {row["token"] for row in table[:-1]} == {"<cls>", "boat", "without", "drum"}
+    assert {row["token"] for row in table[:-1]} == {"<cls>", "boat", "near", "drum"}
     assert table[-1]["token"].startswith("sum")
     best = found.inputs[1].split()[1].rstrip(",")
     assert sum(row[best] for row in table[:-1]) == pytest.approx(table[-1][best], abs=1e-6)
     assert 'class="words"' in found.html()
-    source = Decompx(Settings(bias="source")).explain(subject, "boat without drum")
+    source = Decompx(Settings(bias="source")).explain(subject, "boat near drum")
     assert source.arrays[f"added to {best}"].labels[0][-1] == "(biases)"
 
 
@@ -98,13 +96,10 @@ def test_planted_texts_are_what_they_say():
     for row, topic, planted in zip(
         words, drawn.topic.tolist(), drawn.planted.tolist(), strict=True
     ):
-        counts = [
-            sum(w in names.split() and before != "without" for before, w in pairwise(row))
-            for names in topics.TOPICS.values()
-        ]  # fmt: skip
-        assert max(range(4), key=counts.__getitem__) == topic and sorted(counts)[-2:] == [2, 3]
+        counts = [sum(w in names.split() for w in row) for names in topics.TOPICS.values()]
+        assert sorted(counts) == [0, 1, 2, 3] and counts[topic] == 3
         told = list(topics.TOPICS.values())[topic].split()
-        assert all(row[i] in told and row[i - 1] != "without" for i, p in enumerate(planted) if p)
+        assert [w in told for w in row] == planted
     assert torch.equal(topics.texts(5).ids, drawn.ids[:5])
 
 

@@ -1,10 +1,9 @@
 """Texts whose topic a few planted words decide, and a small BERT that names it.
 
-Three words of the topic stand among fillers, two of a rival, and three of another rival that
-`without` before them takes out. So it is known which words speak for the topic, which against it,
-and which would only seem to::
+Three words of the topic stand among fillers, two of a rival and one of another; the most decide. So
+it is known which words speak for the topic, and which against it::
 
-    <cls> the harbour was without violin and tide , barn then sail ... orchard   ->  sea
+    <cls> the harbour was near barn and tide , cloud then sail saw ... orchard   ->  sea
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ FILLERS = (
     "the a of and then was near old very some came went saw that this under over with every last "
     "first long grey small they she he we it one two three day night house street man woman child"
 )
-PAD, CLS, MASK, WITHOUT = "<pad>", "<cls>", "<mask>", "without"
+PAD, CLS, MASK = "<pad>", "<cls>", "<mask>"
 LENGTH = 24
 """Words of a text that is judged."""
 
@@ -48,7 +47,6 @@ WORDS = (
     PAD,
     CLS,
     MASK,
-    WITHOUT,
     *FILLERS.split(),
     *(word for words in TOPICS.values() for word in words.split()),
 )
@@ -61,7 +59,7 @@ RECIPE = Recipe(
     num_attention_heads=4,
     head_dim=32,
     intermediate_size=256,
-    steps=500,
+    steps=400,
     batch_size=48,
     sequence_length=LENGTH + 1,
     vocab_size=len(WORDS),
@@ -89,14 +87,14 @@ class Texts:
 
 
 def texts(count: int, seed: str = "held-out", length: int = LENGTH) -> Texts:
-    """Texts with three words for the topic, two for a rival, and three of another taken out.
+    """Texts with three words for the topic, two for a rival and one for another.
 
     Args:
         count: How many, B.
         seed: Other seeds give other texts.
         length: Words of each.
     """
-    rows = [_text(random.Random(f"topics/{seed}/{i}"), (3, 2, 3), length) for i in range(count)]
+    rows = [_text(random.Random(f"topics/{seed}/{i}"), (3, 2, 1), length) for i in range(count)]
     ids, topics, planted = zip(*rows, strict=True)
     return Texts(torch.tensor(ids), torch.tensor(topics), torch.tensor(planted))
 
@@ -107,28 +105,19 @@ def _text(
     """Ids, topic and what speaks for it; the topic is -100 where masks have left a tie."""
     order = rng.sample(range(len(TOPICS)), 3)
     words = [w.split() for w in TOPICS.values()]
-    units: list[tuple[str, ...]] = []
-    plain = [0] * len(TOPICS)
-    for role, (topic, count) in enumerate(zip(order, counts, strict=True)):
+    said, plain = [], [0] * len(TOPICS)
+    for topic, count in zip(order, counts, strict=True):
         for word in rng.choices(words[topic], k=count):
-            if role == 2:
-                units.append((WITHOUT, word))
-            elif rng.random() < masked:
-                units.append((MASK,))
-            else:
-                units.append((word,))
-                plain[topic] += 1
-    fillers = rng.choices(FILLERS.split(), k=length - sum(len(u) for u in units))
-    units += [(MASK if rng.random() < masked else word,) for word in fillers]
-    rng.shuffle(units)
-    said = [word for unit in units for word in unit]
+            hidden = rng.random() < masked
+            said.append(MASK if hidden else word)
+            plain[topic] += not hidden
+    fillers = rng.choices(FILLERS.split(), k=length - len(said))
+    said += [MASK if rng.random() < masked else word for word in fillers]
+    rng.shuffle(said)
     most = max(range(len(plain)), key=plain.__getitem__)
     tie = sorted(plain)[-1] == sorted(plain)[-2]
-    before = [CLS, *said]
-    planted = [
-        word in words[most] and before[i] != WITHOUT for i, word in enumerate(said)
-    ]  # before[i] is the word before said[i]
-    return [NUMBER[w] for w in before], -100 if tie else most, [False, *planted]
+    planted = [word in words[most] for word in said]
+    return [NUMBER[w] for w in (CLS, *said)], -100 if tie else most, [False, *planted]
 
 
 class TopicCourse:
@@ -169,7 +158,7 @@ class TopicCourse:
             rows = []
             for _ in range(self.recipe.batch_size):
                 more = rng.randint(1, 3)
-                counts = (more, rng.randint(max(0, more - 2), more - 1), rng.randint(0, 3))
+                counts = (more, rng.randint(max(0, more - 2), more - 1), rng.randint(0, more - 1))
                 rows.append(_text(rng, counts, length, 0.1))
             yield torch.tensor([r[0] for r in rows]), torch.tensor([r[1] for r in rows])
 
@@ -182,8 +171,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     """One token a word, after the class token.
 
     Example:
-        >>> tokenizer()("boat without drum").input_ids == [NUMBER[w] for w in
-        ...     (CLS, "boat", WITHOUT, "drum")]
+        >>> tokenizer()("boat near drum").input_ids == [NUMBER[w] for w in
+        ...     (CLS, "boat", "near", "drum")]
         True
     """
     made_ = word_tokenizer(WORDS)

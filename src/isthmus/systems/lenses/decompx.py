@@ -258,7 +258,7 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
     del ruler  # nothing is timed
     small = scale != "test"
     model = topics.topic_model(topics.RECIPE if small else topics.tiny())
-    drawn = topics.texts(200 if small else 4)
+    drawn = topics.texts(150 if small else 4)
     inputs = {"input_ids": drawn.ids, "attention_mask": torch.ones_like(drawn.ids)}
     lens, off = Decompx(), Decompx(Settings(propagate=False))
     wiring = lens.know(model, inputs)
@@ -289,7 +289,8 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
     for how, answer in answers.items():
         for name, scores in scored.items():
             areas[how][name] = aopc(answer, scores, removable)
-        chance = [aopc(answer, random_scores(removable, s), removable) for s in range(20)]
+        seeds = range(20 if how == "mask" else 5)
+        chance = [aopc(answer, random_scores(removable, s), removable) for s in seeds]
         areas[how]["random"] = torch.stack(chance).mean(0)
     few = 40 if small else 2
     limit = TokenRemoval(model, drawn.ids[:few], mask_id=topics.NUMBER[topics.MASK])
@@ -340,7 +341,7 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
                     control=each["random"],
                     note=f"baseline: gradient x input; rollout {each['rollout']:.3f}, reversed "
                     f"{each['reverse']:.3f}, by tangents {each['tangent']:.3f}; ceiling: greedy "
-                    f"search on {few} texts; control: random, 20 seeds",
+                    f"search on {few} texts; control: random",
                 )
                 for how, each in mean.items()
             ),
@@ -359,6 +360,10 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
         gates=gates,
         seeds=(0,),
         notes=(
+            "a first classifier was to learn besides that 'without' takes the next word out, and "
+            "did not (right on 0.545): AOPC 0.493, gradient x input 0.451, rollout 0.144, random "
+            "0.088, greedy 0.495, planted words 0.545; the texts were made simpler, the gates left "
+            "alone",
             f"the classifier is right on {right:.3f} of {len(named)} held-out texts",
             "AOPC less another's, tokens masked, with 95 % intervals: "
             + "; ".join(f"{n} {told(n)}" for n in ("gradient x input", "rollout", "off", "random")),
