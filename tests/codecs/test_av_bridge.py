@@ -94,7 +94,7 @@ def test_it_says_what_does_not_go(monkeypatch: pytest.MonkeyPatch) -> None:
         ([picture], {"preset": "best"}, "best"),
         ([picture + 100], {}, "from 0 to 255"),
         ([picture.float()], {}, "whole numbers"),
-        ([picture, picture], {}, "has planes of"),
+        ([picture, picture], {}, "in planes of"),
         ([picture[0]], {}, r"\[T, H, W\]"),
         ([], {}, "give planes"),
     ):

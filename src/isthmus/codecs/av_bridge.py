@@ -129,7 +129,8 @@ class Coded:
             >>> Coded.unpack(Coded((b"ab", b"c")).pack()).packets
             (b'ab', b'c')
         """
-        parts, at = [], 0
+        parts: list[bytes] = []
+        at = 0
         while at < len(data) or not parts:
             length, at = unleb(data, at)
             if length > len(data) - at:
