@@ -29,7 +29,7 @@ def choose_levels(losses: Tensor, costs: Tensor, budget: float) -> list[int]:
 
     Example:
         >>> losses = torch.tensor([[0.0, 1.0], [0.0, 5.0]])
-        >>> choose_levels(losses, torch.tensor([[2.0, 1.0], [2.0, 1.0]]), 3.0)
+        >>> choose_levels(losses, torch.tensor([[2.0, 1.0], [2.0, 1.0]]), 3.2)
         [1, 0]
     """
     units = torch.ceil(costs.double() / budget * _UNITS - 1e-6).long()
