@@ -13,6 +13,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from isthmus import registry
 from isthmus.decoding.custom_generate import custom_generate
 from isthmus.decoding.fast import FastTarget, best_target
@@ -24,8 +26,11 @@ from isthmus.models.hub import (
     check_same_vocabulary,
     is_bfloat16,
     load_checkpoint,
+    parse_device,
+    parse_dtype,
     preferred_dtype,
 )
+from isthmus.surgery.export import is_own, load_own
 from isthmus.training.system import CONFIG, read_config
 from isthmus.workbench import reference
 
@@ -100,6 +105,8 @@ def _own(source: str) -> Model | None:
 def _load(source: str, dtype: str, device: str) -> tuple[Checkpoint, HubTarget]:
     """A checkpoint and the best target for it."""
     place = locate(source)
+    if is_own(place):
+        return _shrunk(place, dtype, device)
     chosen = dtype
     if dtype in ("auto", "int8"):
         stored = is_bfloat16(place, device)
@@ -117,6 +124,16 @@ def _load(source: str, dtype: str, device: str) -> tuple[Checkpoint, HubTarget]:
         target = HubTarget(checkpoint.model.to(preferred_dtype("cpu")))
         target.why_general = why
     return checkpoint, target
+
+
+def _shrunk(place: str, dtype: str, device: str) -> tuple[Checkpoint, HubTarget]:
+    """A model of ``isthmus shrink`` that transformers has no shape for."""
+    if dtype == "int8":
+        raise UnsupportedModelError(f"{place} has a shape of its own; choose another --dtype")
+    where = parse_device(device)
+    number = torch.float32 if dtype == "auto" else parse_dtype(dtype, where)
+    model, tokenizer = load_own(place, device=where, dtype=number)
+    return Checkpoint(model, tokenizer, place), best_target(model)
 
 
 def locate(source: str) -> str:

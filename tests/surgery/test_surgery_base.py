@@ -11,6 +11,8 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
+    FalconConfig,
+    FalconForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -27,6 +29,8 @@ from transformers import (
     Phi3ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 
 from isthmus.errors import (
@@ -119,6 +123,21 @@ MODELS = {
     "bart": bart,
     "bert": lambda: BertForMaskedLM(BertConfig(**SMALL)),
     "neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL)),
+    "falcon": lambda: FalconForCausalLM(
+        FalconConfig(
+            **{k: v for k, v in SMALL.items() if k != "intermediate_size"}, ffn_hidden_size=24
+        )
+    ),
+    "whisper": lambda: WhisperForConditionalGeneration(
+        WhisperConfig(
+            vocab_size=40,
+            d_model=16,
+            max_source_positions=20,
+            **PAIR,
+            **IDS,
+            decoder_start_token_id=1,
+        )
+    ),
 }
 
 

@@ -53,6 +53,11 @@ app.command(
     help="Look into a model with a lens: what it does on an input, checked and drawn.",
 )
 app.command(
+    "isthmus.cli.shrink:shrink",
+    name="shrink",
+    help="Make a trained model smaller or sparser: its loss, size and speed before and after.",
+)
+app.command(
     "isthmus.cli.codec:encode",
     name="encode",
     help="Make a file of sound or a picture small: an .ist file.",

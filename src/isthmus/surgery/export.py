@@ -14,19 +14,22 @@ Either is loaded again before it is published, and must compute what the changed
 from __future__ import annotations
 
 import copy
+import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from isthmus.errors import BrokenFileError, MismatchError
+from isthmus import registry
+from isthmus.errors import BrokenFileError, InvalidInputError, MismatchError
 from isthmus.folders import check_replaceable, published, read_record, replace_text
 from isthmus.lenses import sites as site_maps
 from isthmus.models.hub import load_checkpoint, load_tokenizer
-from isthmus.surgery.base import Plan, Report
+from isthmus.settings import changed, tuples
+from isthmus.surgery.base import Plan, Report, asdict_plain
 
 NATIVE, OWN = "surgery.json", "isthmus_config.json"
 """Files that tell a folder of a changed model."""
@@ -66,7 +69,8 @@ def export(
     """
     folder = Path(folder)
     check_replaceable(folder, (NATIVE, OWN), "model that isthmus shrank")
-    record = {"format": 1, "method": plan.method, "report": report.to_dict(), **(notes or {})}
+    record: dict[str, Any] = {"format": 1, "method": plan.method, "report": report.to_dict()}
+    record |= notes or {}
     kept = model if report.native else original
     assert kept is not None, "give the original of a model that is not native"
     stored = _cast(kept, dtype)
@@ -75,15 +79,43 @@ def export(
         stored.save_pretrained(place)
         if tokenizer is not None:
             tokenizer.save_pretrained(place)
-        plan_place = new / "surgery" if report.native else new
-        if report.native:  # the weights say it all: the plan would only double them
-            plan_place.mkdir()
-            plan = Plan(**{**vars(plan), "tensors": {}})
-        plan.save(plan_place)
+        if report.native:  # the weights say it all: the plan's tensors would only double them
+            record["plan"] = {k: v for k, v in asdict_plain(plan).items() if k != "tensors"}
+        else:
+            plan.save(new)
         name = NATIVE if report.native else OWN
         replace_text(new / name, json.dumps(record, indent=1, sort_keys=True) + "\n")
         if report.native:
-            _compare(_cast(model, dtype), load_checkpoint(str(new), dtype="float32").model)
+            _compare(_cast(stored, torch.float32), load_checkpoint(str(new), dtype="float32").model)
+
+
+def surgeon(slug: str, settings: Mapping[str, Any] | None = None) -> Any:
+    """An operation by its name.
+
+    Args:
+        slug: A system of the role ``surgery``.
+        settings: Strings as a command line gives them, or values as a plan keeps them.
+
+    Raises:
+        UnknownNameError: No such system.
+        InvalidInputError: It is no surgery, or has no such setting.
+    """
+    system: Any = registry.load(slug)
+    if getattr(system, "role", "") != "surgery":
+        known = ", ".join(registry.slugs("surgery"))
+        raise InvalidInputError(f"{slug} shrinks no model; methods that do: {known}")
+    kind: Any = getattr(registry.load_module(registry.find(slug)), "Settings", None)
+    if kind is None:
+        return system()
+    given = dict(settings or {})
+    if all(isinstance(value, str) for value in given.values()):
+        return system(changed(kind(), given, slug))
+    try:
+        return system(kind(**tuples(given)))
+    except TypeError as error:
+        raise BrokenFileError(
+            f"the plan has settings that {slug} does not know ({error}); shrink again"
+        ) from error
 
 
 def is_own(folder: str | Path) -> bool:
@@ -92,17 +124,12 @@ def is_own(folder: str | Path) -> bool:
 
 
 def load_own(
-    folder: str | Path,
-    surgery: Callable[[str, Mapping[str, Any]], Any],
-    *,
-    device: str = "cpu",
-    dtype: torch.dtype | None = None,
+    folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[Any, Any]:
     """Apply the plan of a folder to the model in it.
 
     Args:
         folder: Made by :func:`export`.
-        surgery: Gives the operation, by its slug and settings.
         device: Where to.
         dtype: Of the changed model; float32 if None.
 
@@ -119,9 +146,8 @@ def load_own(
     if plan.method != record["method"]:
         raise BrokenFileError(f"{folder} holds the plan of another method; shrink again")
     checkpoint = load_checkpoint(str(folder / BASE), dtype="float32", device=device)
-    surgery(plan.method, plan.settings).apply(checkpoint.model, plan)
-    model = checkpoint.model if dtype is None else checkpoint.model.to(dtype)
-    return model.eval(), load_tokenizer(str(folder / BASE))
+    surgeon(plan.method, plan.settings).apply(checkpoint.model, plan)
+    return _cast(checkpoint.model, dtype).eval(), load_tokenizer(str(folder / BASE))
 
 
 def file_bytes(folder: str | Path) -> int:
@@ -131,9 +157,16 @@ def file_bytes(folder: str | Path) -> int:
 
 
 def _cast(model: Any, dtype: torch.dtype | None) -> Any:
+    """A copy with weights of another dtype; what transformers computes anew stays as it is."""
     if dtype is None or dtype == model.dtype:
         return model
-    return copy.deepcopy(model).to(dtype)
+    kept = model.state_dict().keys()
+    model = copy.deepcopy(model)
+    named = itertools.chain(model.named_parameters(), model.named_buffers())
+    for name, value in named:
+        if name in kept and value.is_floating_point():
+            value.data = value.data.to(dtype)
+    return model
 
 
 @torch.no_grad()
@@ -141,10 +174,10 @@ def _compare(model: Any, loaded: Any) -> None:
     """Refuse a file that computes something else than the model it was made of."""
 
     def logits(each: Any) -> Tensor:
-        out: Tensor = each.float()(**site_maps.probe_of(each)).logits
+        out: Tensor = each(**site_maps.probe_of(each)).logits
         return out
 
-    wanted, got = logits(copy.deepcopy(model)), logits(loaded)
+    wanted, got = logits(model), logits(loaded)
     if not torch.allclose(wanted, got, rtol=1e-4, atol=1e-5 * float(wanted.abs().max())):
         error = float((wanted - got).abs().max())
         raise MismatchError(

@@ -1,4 +1,4 @@
-"""The contract of a surgery: planning only reads, plans belong to one model, keeping all is free."""
+"""The contract of a surgery: planning only reads, and keeping all is free."""
 
 from __future__ import annotations
 

@@ -272,16 +272,14 @@ class OptimalBrainCompression:
 
 # the claim --------------------------------------------------------------------------------------
 
-RECIPE = replace(
-    reference.RECIPES["pycode-m"],
-    name="pycode-obc",
-    num_hidden_layers=3,
-    sequence_length=256,
-    steps=300,
-)
-"""A half of ``pycode-m``, which takes a quarter of an hour to train."""
-_SMALLER = {"hidden_size": 16, "num_attention_heads": 1, "head_dim": 16, "intermediate_size": 24}
-_TINY = replace(RECIPE, num_hidden_layers=2, vocab_size=4096, **_SMALLER)
+_MODEL = "pycode-s"
+_SMALLER: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_attention_heads": 1,
+    "head_dim": 16,
+    "intermediate_size": 24,
+}
+_TINY = replace(reference.RECIPES[_MODEL], **_SMALLER)
 _WAYS = {
     "exact": Settings(),
     "columns": Settings(fast=True),  # SparseGPT, GPTQ
@@ -302,7 +300,7 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
     del ruler  # zeros and grids in dense files have no speed of their own to time
     small = scale != "test"
     if small:
-        place = str(reference.reference(RECIPE))
+        place = str(reference.reference(_MODEL))
         checkpoint = load_checkpoint(place, dtype="float32", device="cpu")
         model, tokenizer = checkpoint.model, checkpoint.tokenizer
     else:
