@@ -2,8 +2,8 @@
 
 ::
 
-    tensor ─quantise─▶ symbols, lows and scales in half precision ─┐ laws: counts, or one of the bank
-                                                                   └▶ one range coder for all ─▶ bytes
+    tensor ─quantise─▶ symbols; lows and scales in half precision
+                         └─ laws: counts, or one of the bank ─▶ one range coder for all ─▶ bytes
 
 Everything a decoder needs but names and shapes is in the bytes: those follow from the network. Laws
 are whole numbers, so any machine decodes the same symbols.
