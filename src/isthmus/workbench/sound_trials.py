@@ -82,7 +82,7 @@ def streamed(module: AudioCodec, sound: Tensor, hop: int) -> tuple[float, float,
     x = F.pad(sound, (0, -len(sound) % hop))[None, None]
     encoder, decoder, quantizer = folded(module.encoder), folded(module.decoder), module.quantizer
     states, pieces = encoder.init_state(), []
-    for piece in x.split(hop, -1):
+    for piece in torch.split(x, hop, -1):
         z, states = encoder.step(piece, states)
         pieces.append(z)
     z, whole_z = torch.cat(pieces, -1), module.encoder(x)
