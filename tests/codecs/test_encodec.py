@@ -158,3 +158,21 @@ def test_files_of_another_rate_are_brought_to_the_codecs(codec: Encodec, tmp_pat
     answer.save(tmp_path / "b.ist")
     opened = unpack(tmp_path / "b.ist", codec=codec)
     assert torch.cat(list(opened.signal.chunks), 1).shape == (2, 3_000)
+
+
+def test_codebooks_begin_when_they_are_told_to() -> None:
+    codec = Encodec.untrained(replace(SETTINGS, quantized_from=0.5), records(6))
+    learner = codec.learner(records(6), replace(Encodec.scales["test"].plan, steps=4))
+    assert [learner.batch(part)[1] > 0 for part in range(4)] == [False, False, True, True]
+    layers = codec.module.quantizer.layers
+    for part in range(3):
+        total, told = codec.module.train()(*learner.batch(part))
+        total.backward()
+        begun = part == 2
+        assert bool(layers[0].ready) == ("nats" in told) == ("commit" in told) == begun  # type: ignore[operator,union-attr]
+    assert all(p.grad is not None for p in codec.module.encoder.parameters())
+
+
+def test_what_streams_is_what_the_whole_gives(codec: Encodec) -> None:
+    vectors, apart, moved = trials.streamed(codec.module, sound(5_000)[0], SETTINGS.hop)
+    assert vectors < 1e-5 and apart < 1e-5 and moved < 0.02

@@ -5,7 +5,7 @@ import torch
 from transformers import EncodecConfig, EncodecModel
 
 from isthmus.errors import InvalidInputError, MismatchError
-from isthmus.models.seanet import SEANetDecoder, SEANetEncoder, folded, from_hub
+from isthmus.models.seanet import SEANetDecoder, SEANetEncoder, folded, from_hub, level
 from isthmus.nn.quantize import RVQ
 
 
@@ -115,3 +115,26 @@ def test_weights_of_transformers_give_its_numbers(causal: bool, pad: str) -> Non
 def test_other_weights_are_refused() -> None:
     with pytest.raises(MismatchError, match="no weight of an EncodecModel"):
         from_hub({"head.weight": torch.zeros(1)})
+
+
+@torch.no_grad()
+def test_a_start_by_level_keeps_the_sound_alive() -> None:
+    draw = torch.Generator().manual_seed(0)
+    loud = torch.tensor([0.02, 0.2]).repeat(4, 1).view(8, 1, 1)
+    x = loud * torch.randn(8, 1, 8_000, generator=draw)
+    torch.manual_seed(0)
+    encoder, decoder = SEANetEncoder(4, 8, (4, 5), lstm=0), SEANetDecoder(4, 8, (4, 5), lstm=0)
+
+    def tells() -> float:
+        """How much of what the vectors vary by is between loud and soft sounds."""
+        size = encoder(x).abs().mean(-1)  # [B, D]
+        return float((size[1::2].mean(0) / size[::2].mean(0)).mean())
+
+    level(encoder, decoder, x)
+    z = encoder(x)
+    assert float(z.std()) == pytest.approx(1, rel=1e-3)
+    assert float(decoder(z).std()) == pytest.approx(float(x.std()), rel=1e-3)
+    # 100 times the power shows; a net whose biases drown the sound says the same of both
+    assert tells() > 3
+    with pytest.raises(InvalidInputError, match="silent"):
+        level(encoder, decoder, torch.zeros(1, 1, 400))

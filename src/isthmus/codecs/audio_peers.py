@@ -14,6 +14,8 @@ from isthmus.signals.audio import resample
 
 FORMATS = {
     "opus": ("libopus", "ogg", {"application": "voip"}),
+    # headers count less in long packets: the least that Opus can do with
+    "opus-long": ("libopus", "ogg", {"application": "voip", "frame_duration": "60"}),
     "mp3": ("libmp3lame", "mp3", {}),
 }
 """Encoder, container and options by name."""
@@ -40,7 +42,7 @@ def through(name: str, samples: torch.Tensor, rate: int, kbps: float) -> Heard:
     """Code and decode a sound.
 
     Args:
-        name: ``opus`` or ``mp3``.
+        name: ``opus``, ``opus-long`` (packets of 60 ms) or ``mp3``.
         samples: float32 [N], nominally within [-1, 1].
         rate: Hz; one that the coder takes: 8, 12, 16, 24 or 48 kHz.
         kbps: Wanted kbit/s; what it really takes is in the answer.

@@ -19,7 +19,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO, ClassVar, Self
 
 import torch
 
@@ -35,6 +35,9 @@ PARTS = {
     "parts/lossless-audio": "isthmus.codecs.lossless_audio:LosslessAudio",
 }
 """Codecs that are parts rather than published systems: ``module:class`` by id."""
+
+EMBEDDED = Path(__file__).parent / "embedded"
+"""Trained codecs that come with the package, a folder each."""
 
 FAMILIES = ("codecs", "compression")
 """Families whose systems may be codecs."""
@@ -59,6 +62,12 @@ class TrainedCodec(TrainedSystem):
     lossless: ClassVar[bool] = False
     numerics: ClassVar[str] = "static"
     fields: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def embedded(cls) -> Self | None:
+        """The trained codec that comes with the package, if there is one."""
+        folder = EMBEDDED / cls.name
+        return cls.from_pretrained(folder) if (folder / CONFIG).exists() else None
 
     @property
     def id(self) -> str:
@@ -196,8 +205,7 @@ def find(name: str, mark: bytes, folder: str | Path | None = None) -> Codec:
 
 def known(system: Any) -> Iterator[Any]:
     """Models of a trained codec that lie at hand: the embedded one, then those in the cache."""
-    embedded = getattr(system, "embedded", None)
-    if embedded is not None and (codec := embedded()) is not None:
+    if (codec := system.embedded()) is not None:
         yield codec
     for folder in sorted((cache_folder() / "systems").glob(f"{system.name}-*")):
         if (folder / CONFIG).exists():

@@ -31,6 +31,9 @@ from isthmus.errors import InvalidInputError, MismatchError
 States = list[Any]
 """What a stream keeps, one entry for each part that remembers, in the order of the net."""
 
+LOUD = 3.0
+"""Spread of what the first layer lets out: ELUs are straight lines for sounds as they come."""
+
 Pad = Literal["constant", "reflect"]
 
 
@@ -325,6 +328,52 @@ class SEANetDecoder(_Net):
             layers += [Residual(wide, 2**j, skip=skip, **how) for j in range(units)]
         layers += [nn.ELU(), Conv(width, channels, last_kernel, **how)]
         self.layers = nn.ModuleList(layers)
+
+
+@torch.no_grad()
+def level(encoder: nn.Module, decoder: nn.Module, sounds: Tensor) -> None:
+    """Draw weights anew so that nothing fades on the way: few steps of training are wasted then.
+
+    By torch's own start every convolution takes in variance 1 and lets out less than 1/3; behind a
+    dozen of them hardly anything of the sound is left. Here weights have variance ``1.44 / fan-in``
+    (the ELU takes about as much away), two ways that meet bring half each, and the last layers are
+    scaled so that vectors have variance 1 and sounds that of the examples (after Mishkin and Matas,
+    "All you need is a good init", 2015). The first layer lets out a spread of :data:`LOUD`: what
+    sounds have in common, energy in bands, comes from bent lines, and near 0 an ELU is straight.
+
+    Args:
+        encoder: A causal :class:`SEANetEncoder`, whose weights are replaced.
+        decoder: The :class:`SEANetDecoder` behind it, too.
+        sounds: [B, 1, N], N a multiple of the hop, not silent.
+
+    Raises:
+        InvalidInputError: The examples are silent.
+    """
+    if not sounds.std() > 0:
+        raise InvalidInputError("silent examples have no level; give others")
+    for net in (encoder, decoder):
+        meets = [m for m in net.modules() if isinstance(m, Residual)]
+        halves = {id(part) for m in meets for part in (m.block[3], m.shortcut)}
+        for part in net.modules():
+            if isinstance(part, Conv | TransposedConv):
+                _, inputs, kernel = part.conv.weight.shape
+                if isinstance(part, TransposedConv):
+                    # two places of the kernel meet at every place of the output
+                    inputs, kernel = part.conv.in_channels, 2
+                gain = 0.72 if id(part) in halves else 1.44
+                drawn = torch.randn(part.conv.weight.shape) * (gain / inputs / kernel) ** 0.5
+                part.conv.weight = drawn.to(part.conv.weight)
+                assert part.conv.bias is not None
+                part.conv.bias.zero_()
+    start: Any = encoder
+    first = start.layers[0]
+    first.conv.weight = first.conv.weight * (LOUD / first(sounds).std())
+    x = sounds
+    for net, wanted in ((encoder, torch.ones(())), (decoder, sounds.std())):
+        whole: Any = net
+        last = whole.layers[-1]
+        last.conv.weight = last.conv.weight * (wanted / net(x).std())
+        x = net(x)
 
 
 def folded(net: nn.Module) -> Any:

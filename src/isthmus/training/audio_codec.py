@@ -104,21 +104,25 @@ class AudioCodec(nn.Module):
 
         Args:
             x: [B, N], N a multiple of the hop.
-            n_q: Codebooks used.
+            n_q: Codebooks used; 0 lets vectors pass as they are, so that codebooks can begin later.
             judged: Whether the codec learns from the discriminator.
             judging: Whether the discriminator learns.
         """
-        found: Any = self.quantizer(self.encoder(x[:, None]), n_q)
-        y = self.decoder(found.z_q)[:, 0]
+        z = self.encoder(x[:, None])
+        found: Any = None if n_q == 0 else self.quantizer(z, n_q)
+        y = self.decoder(z if found is None else found.z_q)[:, 0]
         losses, real = self._losses(x, y, judged)
         gradient, shares = self.balancer.gradient(losses, y)
         value = sum(self.balancer.weights[k] * v.detach() for k, v in losses.items())
         along = (y * gradient).sum()
-        total = along + (value - along).detach() + self.goals.commitment * found.commit_loss
+        total = along + (value - along).detach()
         told = {k: v.detach() for k, v in losses.items()}
         told |= {f"share_{k}": v for k, v in shares.items()}
-        told |= {"commit": found.commit_loss.detach(), "used": found.stats["used"].mean()}
-        if self.lm is not None:
+        if found is not None:
+            total = total + self.goals.commitment * found.commit_loss
+            told |= {"commit": found.commit_loss.detach()}
+            told |= {k: found.stats[k].mean() for k in ("used", "perplexity")}
+        if self.lm is not None and found is not None:
             nats = self.lm.nats(found.codes).mean()
             total, told["nats"] = total + nats, nats.detach()
         if judging and self.discriminator is not None:
@@ -155,6 +159,8 @@ class CodecSettings(Protocol):
     @property
     def choices(self) -> Sequence[int]: ...  # noqa: D102
     @property
+    def quantized_from(self) -> float: ...  # noqa: D102
+    @property
     def judged_from(self) -> float: ...  # noqa: D102
     @property
     def judging(self) -> float: ...  # noqa: D102
@@ -167,8 +173,8 @@ class CodecLearner:
         module: What learns.
         hop: Samples of a frame.
         settings: ``batch_size``, ``segment_s``, ``choices`` (numbers of codebooks, one drawn for
-            each batch), ``judged_from`` (share of the training after which the discriminator
-            counts) and ``judging`` (how often it learns).
+            each batch), ``quantized_from`` and ``judged_from`` (shares of the training after which
+            codebooks and the discriminator count) and ``judging`` (how often it learns).
         data: Sounds.
         plan: The training.
         says: Plain data that decides what is learnt.
@@ -210,7 +216,8 @@ class CodecLearner:
             at = int(start * (len(sound) - self.window + 1))
             cuts.append(sound[at : at + self.window])
         n_q = s.choices[int(torch.randint(len(s.choices), (), generator=draw))]
-        late = part >= s.judged_from * self.plan.steps * self.plan.accumulate
+        done = part / (self.plan.steps * self.plan.accumulate)
+        n_q, late = (n_q if done >= s.quantized_from else 0), done >= s.judged_from
         learns = float(torch.rand((), generator=draw)) < s.judging
         return (torch.stack(cuts) * gains).clamp(-1, 1), n_q, late, late and learns
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from isthmus.codecs.base import RUNNING, Opened, Sizes, TrainedCodec, known, lookup, pack, unpack
+from isthmus.codecs.base import RUNNING, Opened, Sizes, TrainedCodec, lookup, pack, unpack
 from isthmus.codecs.container import DATA, EMBEDDED, RESET, TEXT, Limits, Reader
 from isthmus.errors import InvalidInputError, IsthmusError
 from isthmus.roles import Codec, Signal
@@ -182,9 +182,8 @@ def _codec(name: str, model: str | Path | None, report: Callable[[Progress], Non
     if model is None:
         from isthmus.workbench.trained import trained  # a door that trains nothing opens sooner
 
-        embedded = next(iter(known(system)), None) if hasattr(system, "embedded") else None
-        if embedded is not None:
-            ready: Codec = embedded
+        ready: Codec | None = system.embedded()
+        if ready is not None:
             return ready
         model = trained(system, report=report)
     found: Any = system.from_pretrained(model)

@@ -15,13 +15,19 @@ from isthmus.codecs.base import TrainedCodec, pack, unpack
 from isthmus.codecs.rangecoder import Table, encode_indexed
 from isthmus.metrics.sound import aligned, log_mel_distance
 from isthmus.metrics.speech import character_error_rate, si_sdr, stoi
+from isthmus.models.seanet import folded
 from isthmus.roles import Signal
 from isthmus.training.audio_codec import AudioCodec, CodecLearner
 from isthmus.workbench.recogniser import Recogniser
 
 RATE = 16_000
 
-PEERS = (("Opus 6", "opus", 6.0), ("Opus 12", "opus", 12.0), ("MP3 16", "mp3", 16.0))
+PEERS = (
+    ("Opus at its least", "opus-long", 3.0),
+    ("Opus 6", "opus", 6.0),
+    ("Opus 12", "opus", 12.0),
+    ("MP3 16", "mp3", 16.0),
+)
 """Classical coders and the kbit/s they are asked for."""
 
 
@@ -57,6 +63,37 @@ def whole(module: AudioCodec, sound: Tensor, hop: int) -> Tensor:
     found = module.quantizer.decode(codes(module, sound, hop)[:, None])  # type: ignore[operator]
     y: Tensor = module.decoder(found)
     return y[0, 0, : len(sound)]
+
+
+@torch.no_grad()
+def streamed(module: AudioCodec, sound: Tensor, hop: int) -> tuple[float, float, float]:
+    """A sound frame by frame, and as a whole.
+
+    Args:
+        module: The codec, of nets that stream.
+        sound: [N].
+        hop: Samples of a frame.
+
+    Returns:
+        How far the encoder's vectors are apart at most; how far the decoder's sounds of the same
+        codes are; and the share of codes that are another: vectors that differ by rounding alone
+        take another code where two are equally near.
+    """
+    x = F.pad(sound, (0, -len(sound) % hop))[None, None]
+    encoder, decoder, quantizer = folded(module.encoder), folded(module.decoder), module.quantizer
+    states, pieces = encoder.init_state(), []
+    for piece in torch.split(x, hop, -1):
+        z, states = encoder.step(piece, states)
+        pieces.append(z)
+    z, whole_z = torch.cat(pieces, -1), module.encoder(x)
+    mine, others = quantizer.encode(z), quantizer.encode(whole_z)  # type: ignore[operator]
+    states, pieces = decoder.init_state(), []
+    for piece in torch.split(quantizer.decode(mine), 1, -1):  # type: ignore[operator]
+        y, states = decoder.step(piece, states)
+        pieces.append(y)
+    whole_y = module.decoder(quantizer.decode(mine))  # type: ignore[operator]
+    far = [float((a - b).abs().max()) for a, b in ((z, whole_z), (torch.cat(pieces, -1), whole_y))]
+    return far[0], far[1], float((mine != others).float().mean())
 
 
 def static_bytes(
