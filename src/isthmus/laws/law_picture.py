@@ -34,6 +34,7 @@ def draw_law(path: str | Path, law: ScalingLaw, *, title: str = "") -> None:
     path = Path(path)
     check_picture(path)
     figure_class: Any = require("matplotlib.figure", "plot").Figure
+    ticker: Any = require("matplotlib.ticker", "plot")
     figure = figure_class(figsize=(7.2, 4.8), layout="constrained")
     axes = figure.subplots()
     runs = law.runs
@@ -63,6 +64,10 @@ def draw_law(path: str | Path, law: ScalingLaw, *, title: str = "") -> None:
         axes.set(xscale="log", yscale="log", xlabel="fitted loss", ylabel="measured loss")
     axes.plot([], [], "o", mfc="none", mec=COLOURS[1], ms=10, label="largest quarter")
     for axis in (axes.yaxis, *((axes.xaxis,) if len(runs.variables) > 1 else ())):
+        low, high = sorted(axis.get_view_interval())
+        if high < 10 * low:  # a decade has too few powers of ten to read values off
+            axis.set_major_locator(ticker.MaxNLocator(5, steps=(1, 2, 5, 10)))
+            axis.set_minor_locator(ticker.NullLocator())
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter("{x:.3g}")
         axis.set_tick_params(which="minor", labelsize=7)
