@@ -113,7 +113,7 @@ def test_a_carved_model_survives_its_folder(model, tmp_path):
     plan = surgeon.plan(model, data(), 0.5, Steps(tmp_path / "steps", "k"))
     report = surgeon.apply(changed, plan)
     folders.export(changed, None, plan, report, tmp_path / "out", original=model)
-    again, _ = folders.load_own(tmp_path / "out", lambda _, settings: Cmoe(Settings(**settings)))
+    again, _ = folders.load_own(tmp_path / "out")
     ids = data(1).batches[0]["input_ids"]
     assert torch.equal(again(input_ids=ids).logits, changed(input_ids=ids).logits)
     wanted = again.generate(ids[:1, :4], max_new_tokens=5, do_sample=False)[0, 4:].tolist()
