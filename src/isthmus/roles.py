@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from isthmus.codecs.container import Frame, Header
     from isthmus.decoding.tree import TokenTree
-    from isthmus.surgery.base import Plan, Report, Steps
+    from isthmus.surgery import base
     from isthmus.surgery.calibration import Calibration
 
 Reach = Literal["tree", "chain", "step"]
@@ -732,8 +732,8 @@ class Surgery(Protocol):
         ...
 
     def plan(
-        self, model: Any, data: Calibration, budget: float, steps: Steps | None = None
-    ) -> Plan:
+        self, model: Any, data: Calibration, budget: float, steps: base.Steps | None = None
+    ) -> base.Plan:
         """Decide what is done to a model of transformers; only reads it.
 
         Args:
@@ -748,7 +748,7 @@ class Surgery(Protocol):
         """
         ...
 
-    def apply(self, model: Any, plan: Plan) -> Report:
+    def apply(self, model: Any, plan: base.Plan) -> base.Report:
         """Change the model in place, as planned.
 
         Raises:
