@@ -6,6 +6,7 @@ means a bug in isthmus. Tree::
     IsthmusError
     ├── UnknownNameError      a name that no registry, table or hub knows (nearest names suggested)
     ├── InvalidInputError     a value that is out of range, of the wrong kind or empty
+    │   └── DivergedError     a training whose loss or gradient is no finite number any more
     ├── UnsupportedModelError a model that cannot be decoded exactly, with the reason
     ├── MismatchError         two things that must belong together and do not (vocabularies, ...)
     ├── DeadEnd               bans and constraints leave no token to go on with
@@ -52,6 +53,10 @@ class UnknownNameError(IsthmusError):
 
 class InvalidInputError(IsthmusError, ValueError):
     """A value out of range, of the wrong kind, or empty."""
+
+
+class DivergedError(InvalidInputError):
+    """A training whose loss or gradient is not finite."""
 
 
 class UnsupportedModelError(IsthmusError):

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from isthmus.errors import BrokenFileError, InvalidInputError
+from isthmus.errors import BrokenFileError, DivergedError, InvalidInputError
 from isthmus.laws.fit import read_runs
 from isthmus.laws.sweep import Sweep
 
@@ -15,7 +15,7 @@ def making(path, fail=()):
     def train(config):
         calls.append(config["n"])
         if config["n"] in fail:
-            raise InvalidInputError("the loss of step 3 is not finite (nan)")
+            raise DivergedError("the loss of step 3 is not finite (nan)")
         return {"loss": 1.0 + 1 / config["n"], "compute": 2.0 * config["n"]}
 
     return Sweep(path, train, cost=lambda c: c["n"]), calls

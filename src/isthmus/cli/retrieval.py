@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json as json_module
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +14,8 @@ from cyclopts import Parameter
 from isthmus.cli.output import console, print_json, quiet_transformers
 from isthmus.errors import BrokenFileError, InvalidInputError, UnknownNameError
 from isthmus.roles import TermWeigher
+
+_Maker = Callable[[Sequence[str], str], Any] | None
 
 
 def embed(
@@ -96,7 +99,7 @@ def index(
     if graph and not model:
         raise InvalidInputError("--graph is for vectors; give a --model, too")
     name = str(Path(model).resolve()) if model and Path(model).is_dir() else model
-    embedding, weighing = (_vectors(model), _terms(model)) if model else (None, None)
+    embedding, weighing = (maker(model) for maker in _makers()) if model else (None, None)
     Collection(documents, embedding, weigh=weighing, model=name, graph=graph).save(out)
     print(f"{len(documents)} documents in {out}", file=sys.stderr)
     return 0
@@ -126,8 +129,7 @@ def search(
     if k < 1:
         raise InvalidInputError(f"--top must be at least 1, got {k}")
     query = sys.stdin.read() if query == "-" else query
-    makers = () if mode == "sparse" else (_vectors, _terms)
-    collection = Collection.load(folder, *makers)
+    collection = Collection.load(folder, *(() if mode == "sparse" else _makers()))
     hits = collection.search(query, k, mode=mode)
     if json:
         rows = [{"id": h.id, "score": h.score, "text": h.text} for h in hits]
@@ -196,9 +198,15 @@ def _weigher(model: str) -> TermWeigher | None:
     return kind.from_pretrained(model) if hasattr(kind, "weigh") else None
 
 
-def _vectors(model: str) -> Callable[[Sequence[str], str], Any] | None:
+def _makers() -> tuple[Callable[[str], _Maker], Callable[[str], _Maker]]:
+    """From a model's name to what makes vectors, and to what weighs terms; it is loaded once."""
+    weigher_of = functools.cache(_weigher)
+    return functools.partial(_vectors, weigher_of), functools.partial(_terms, weigher_of)
+
+
+def _vectors(weigher_of: Callable[[str], TermWeigher | None], model: str) -> _Maker:
     """What makes vectors of texts; prompts named query, document or passage are used."""
-    weigher = _weigher(model)
+    weigher = weigher_of(model)
     if weigher is not None and "dense" not in weigher.searched:
         return None
     embedder = _embedder(model)
@@ -211,9 +219,9 @@ def _vectors(model: str) -> Callable[[Sequence[str], str], Any] | None:
     return vectors
 
 
-def _terms(model: str) -> Callable[[Sequence[str], str], Any] | None:
+def _terms(weigher_of: Callable[[str], TermWeigher | None], model: str) -> _Maker:
     """What weighs the terms of texts."""
-    weigher = _weigher(model)
+    weigher = weigher_of(model)
     return weigher.weigh if weigher is not None and "sparse" in weigher.searched else None
 
 

@@ -100,8 +100,7 @@ def shrink(
     with notes.status("cutting"):
         small = copy.deepcopy(whole)
         report = surgeon.apply(small, plan)
-        dtype = getattr(whole.config, "dtype", None)
-        stored = _stored(place) or dtype or torch.float32
+        stored = _stored(place) or torch.float32
         before = {"loss": held_out.loss(whole)}
         record = {"budget": budget, "original": model, "calibration": calibration.source}
         export.export(
@@ -120,8 +119,9 @@ def shrink(
         after = {"loss": held_out.loss(_again(out, device))}
         speeds = _speeds(place, str(out), held_out, repeats, device) if repeats else {}
     weights = sum(p.numel() for p in whole.parameters())
-    size = torch.empty(0, dtype=stored).element_size()
-    before["bytes"] = export.file_bytes(place) if Path(place).is_dir() else weights * size
+    before["bytes"] = (
+        export.file_bytes(place) if Path(place).is_dir() else weights * stored.itemsize
+    )
     after["bytes"] = export.file_bytes(out)
     result = {
         "method": method,

@@ -4,7 +4,7 @@
 
     signal ──pack(codec, signal, file)──▶ .ist ──unpack(file)──▶ header, signal
                                                    │ lookup(id)    a registry, never a file's word
-                                                   └ find(id, fingerprint)   embedded, cache, folder
+                                                   └ find(id, fingerprint)   cache, folder
 
 A codec that is trained is a :class:`TrainedCodec`; which weights a file needs, its fingerprint
 says.
@@ -19,7 +19,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, Self
+from typing import Any, BinaryIO, ClassVar
 
 import torch
 
@@ -35,9 +35,6 @@ PARTS = {
     "parts/lossless-audio": "isthmus.codecs.lossless_audio:LosslessAudio",
 }
 """Codecs that are parts rather than published systems: ``module:class`` by id."""
-
-EMBEDDED = Path(__file__).parent / "embedded"
-"""Trained codecs that come with the package, a folder each."""
 
 FAMILIES = ("codecs", "compression")
 """Families whose systems may be codecs."""
@@ -62,12 +59,6 @@ class TrainedCodec(TrainedSystem):
     lossless: ClassVar[bool] = False
     numerics: ClassVar[str] = "static"
     fields: ClassVar[tuple[str, ...]] = ()
-
-    @classmethod
-    def embedded(cls) -> Self | None:
-        """The trained codec that comes with the package, if there is one."""
-        folder = EMBEDDED / cls.name
-        return cls.from_pretrained(folder) if (folder / CONFIG).exists() else None
 
     @property
     def id(self) -> str:
@@ -204,9 +195,7 @@ def find(name: str, mark: bytes, folder: str | Path | None = None) -> Codec:
 
 
 def known(system: Any) -> Iterator[Any]:
-    """Models of a trained codec that lie at hand: the embedded one, then those in the cache."""
-    if (codec := system.embedded()) is not None:
-        yield codec
+    """Models of a trained codec that lie at hand: those in the cache."""
     for folder in sorted((cache_folder() / "systems").glob(f"{system.name}-*")):
         if (folder / CONFIG).exists():
             with contextlib.suppress(BrokenFileError, MismatchError):

@@ -16,7 +16,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from isthmus.errors import BrokenFileError, InvalidInputError
+from isthmus.errors import BrokenFileError, DivergedError
 from isthmus.folders import replace_text, writable
 
 Record = dict[str, Any]
@@ -96,9 +96,7 @@ class Sweep:
         begin = time.perf_counter()
         try:
             told = dict(self.train(config))
-        except InvalidInputError as error:
-            if "not finite" not in str(error):
-                raise
+        except DivergedError as error:
             told = {"loss": None, "reason": str(error)}
         seconds = time.perf_counter() - begin
         diverged = told["loss"] is None or not math.isfinite(told["loss"])

@@ -35,7 +35,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from isthmus.errors import BrokenFileError, InvalidInputError, MismatchError, require
+from isthmus.errors import BrokenFileError, DivergedError, InvalidInputError, MismatchError, require
 from isthmus.roles import Learner
 from isthmus.training.optimizers import optimizer
 from isthmus.training.schedules import schedule
@@ -226,7 +226,7 @@ class Trainer:
 
         Raises:
             KeyboardInterrupt: Ctrl-C or SIGTERM; the step was finished and the run written down.
-            InvalidInputError: The loss is not finite; what was written down before stays.
+            DivergedError: The loss is not finite; what was written down before stays.
         """
         plan, state = self.plan, self.state
         self._trim_metrics()
@@ -309,7 +309,7 @@ class Trainer:
         self.optimizer.zero_grad()
         there = self.path is not None and self.path.exists()
         kept = f"; {self.path} keeps the run as it was before" if there else ""
-        raise InvalidInputError(
+        raise DivergedError(
             f"the {what} of step {self.state.step + 1} is not finite ({value}); lower "
             f"learning_rate or look at the data{kept}"
         )

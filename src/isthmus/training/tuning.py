@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from isthmus.errors import InvalidInputError
+from isthmus.errors import DivergedError, InvalidInputError
 from isthmus.training.drafting import Recipe
 
 Loss = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
@@ -178,7 +178,8 @@ def tune(
         The loss of every step.
 
     Raises:
-        InvalidInputError: There are no texts, or the loss is not finite.
+        InvalidInputError: There are no texts.
+        DivergedError: The loss is not finite.
     """
     if texts.ndim != 2 or len(texts) == 0:
         raise InvalidInputError(f"texts must be [texts, tokens], got {list(texts.shape)}")
@@ -200,7 +201,7 @@ def tune(
         optimizer.zero_grad()
         losses.append(float(value.detach()))
         if not np.isfinite(losses[-1]):
-            raise InvalidInputError(
+            raise DivergedError(
                 f"the loss is {losses[-1]} at step {step}; use a lower learning rate"
             )
         if report is not None:

@@ -182,9 +182,6 @@ def _codec(name: str, model: str | Path | None, report: Callable[[Progress], Non
     if model is None:
         from isthmus.workbench.trained import trained  # a door that trains nothing opens sooner
 
-        ready: Codec | None = system.embedded()
-        if ready is not None:
-            return ready
         model = trained(system, report=report)
     found: Any = system.from_pretrained(model)
     codec: Codec = found
