@@ -2,7 +2,9 @@
 
 import os
 import signal
+import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,16 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 # Tiny models gain nothing from threads, and lose much when another program holds a core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _shared_networks_stay() -> Iterator[None]:
+    """A file that trains or prunes a network of all tests would fail another file's tests."""
+    yield
+    if "tiny" in sys.modules:
+        names = sys.modules["tiny"].changed()
+        assert not names, f"this file changed {names}; use copy.deepcopy(tiny.network(...))"
+
 
 SYSTEM = '''\
 """{title}.

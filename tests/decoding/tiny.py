@@ -113,8 +113,19 @@ MAKERS: dict[str, Callable[[], Any]] = {
     ),
 }
 
+_MADE: list[tuple[str, Any, list[float]]] = []
+
 REACH = dict.fromkeys(MAKERS, "tree") | {"Bloom": "chain", "Mamba": "step", "Mamba2": "chain"}
 NAMES = list(MAKERS)
+
+
+def _sums(model: Any) -> list[float]:
+    return [float(p.detach().double().sum()) for p in model.parameters()]
+
+
+def changed() -> list[str]:
+    """Names of shared networks whose weights are no longer those they were made with."""
+    return [name for name, model, sums in _MADE if _sums(model) != sums]
 
 
 @cache
@@ -126,6 +137,7 @@ def network(name: str, dtype: str = "float64", *, noise: float = 0.0) -> Any:
         for p in model.parameters():
             extra = torch.randn(p.shape, generator=generator).to(p.dtype)
             p.data += noise * float(p.data.float().std(correction=0)) * extra
+        _MADE.append((f"{name}, {dtype}, noise {noise}", model, _sums(model)))
         return model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -133,7 +145,9 @@ def network(name: str, dtype: str = "float64", *, noise: float = 0.0) -> Any:
     for p in model.parameters():
         if p.ndim > 1:
             p.data.mul_(3)  # as made, the logits are nearly flat and every answer is one token
-    return model.eval().to(DTYPES[dtype])
+    model = model.eval().to(DTYPES[dtype])
+    _MADE.append((f"{name}, {dtype}", model, _sums(model)))
+    return model
 
 
 @cache

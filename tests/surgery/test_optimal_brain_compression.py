@@ -1,5 +1,6 @@
 """Optimal Brain Compression: a surgery like any other, and exactly least squares on its mask."""
 
+import copy
 import sys
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def test_what_stays_is_least_squares_for_the_inputs_that_the_layer_reads():
 
 
 def test_a_layer_that_loses_less_keeps_less():
-    model = tiny.network("Llama", "float32")
+    model = copy.deepcopy(tiny.network("Llama", "float32"))
     easy = model.model.layers[0].mlp.down_proj
     with torch.no_grad():
         easy.weight[:, 8:] = 0.0  # all but 8 of its inputs are for nothing
