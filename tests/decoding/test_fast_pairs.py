@@ -8,7 +8,7 @@ import torch
 import transformers as tf
 from tiny import _PAIR, CONTEXT, MAKERS, V
 
-from isthmus.decoding.fast import FastTarget, best_target, join_sources
+from isthmus.decoding.fast import FastTarget, alike, best_target, join_sources
 from isthmus.decoding.model import Model
 from isthmus.decoding.native import Stored
 from isthmus.decoding.target import HubTarget
@@ -143,6 +143,23 @@ def test_a_source_row_does_not_depend_on_its_neighbours() -> None:
     mask = (torch.arange(9) >= 4).long()[None]
     shifted = target.encode(input_ids=left, attention_mask=mask)["encoder_outputs"][0]
     torch.testing.assert_close(shifted[:, 4:], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_sources_of_unlike_lengths_are_encoded_apart() -> None:
+    """Groups of like length give the states and the texts of each source alone."""
+    target = FastTarget(make("T5"))
+    rows = sources(70, 9, 64, 31, 9, 70)
+    given = padded(rows)
+    found = alike(given["input_ids"], given["attention_mask"])
+    assert [(r.tolist(), w) for r, w in found] == [([0, 5], 70), ([2, 3], 64), ([1, 4], 9)]
+    together = target.encode(**given)["encoder_outputs"][0]
+    for row, states in zip(rows, together, strict=True):
+        alone = target.encode(input_ids=row[None])["encoder_outputs"][0][0]
+        assert torch.equal(states[: len(row)], alone)
+    model = Model(target)
+    options = {"max_new_tokens": 8, "drafter": "none", "ignore_end": True}
+    texts = [r.tokens for r in model.generate(rows, **options)]
+    assert texts == [model.generate([row], **options)[0].tokens for row in rows]
 
 
 def test_encoder_outputs_of_the_model_may_be_given() -> None:

@@ -155,23 +155,34 @@ class FastTarget(HubTarget):
             states = torch.cat(parts).float()
         else:
             tokens = inputs["input_ids"]
-            batch, count = tokens.shape
-            store = self._store(self.encoder, 1, batch, count, mask)
             last = self.encoder.program.layers + 1
-            places = torch.arange(count).expand(batch, -1)
-            _, taken = self.encoder.forward(tokens, places, store, tapped=(last,), logits=False)
-            assert taken is not None
-            states = taken[0]
+            shape = *tokens.shape, self.encoder.program.hidden_size
+            states = torch.zeros(shape, dtype=torch.float32)
+            for rows, width in alike(tokens, mask):
+                part = tokens[rows, :width]
+                seen = None if mask is None else mask[rows, :width]
+                store = self._store(self.encoder, 1, len(rows), width, seen)
+                places = torch.arange(width).expand(len(rows), -1)
+                _, taken = self.encoder.forward(part, places, store, tapped=(last,), logits=False)
+                assert taken is not None
+                states[rows, :width] = taken[0]
         return encoded | {"encoder_outputs": BaseModelOutput(last_hidden_state=states)}
 
     def source(self, encoded: dict[str, Any]) -> Stored:
         """Keys and values of the encoder's output for every decoder layer."""
         assert self.bridge is not None
-        states = encoded["encoder_outputs"][0]
+        states, mask = encoded["encoder_outputs"][0], encoded.get("attention_mask")
         layers = self.bridge.program.layers
         batch, count = states.shape[:2]
-        stored = self._store(self.bridge, layers, batch, count, encoded.get("attention_mask"))
-        self.bridge.store(states, stored)
+        stored = self._store(self.bridge, layers, batch, count, mask)
+        for rows, width in alike(states, mask):
+            if len(rows) == batch:
+                self.bridge.store(states, stored)  # all at once need no copy
+                break
+            part = self._store(self.bridge, layers, len(rows), width, None)
+            self.bridge.store(states[rows, :width], part)
+            stored.keys[:, rows, :, :width] = part.keys
+            stored.values[:, rows, :, :width] = part.values
         return stored
 
     def _store(
@@ -198,6 +209,39 @@ class FastTarget(HubTarget):
             states = encoded["encoder_outputs"][0].to(self.dtype)
             encoded = encoded | {"encoder_outputs": BaseModelOutput(last_hidden_state=states)}
         return super().forward(tokens, encoded=encoded, **options)
+
+
+ENOUGH = 128
+"""Source tokens that are worth a forward of their own: two tiles of the kernel's."""
+
+
+def alike(source: torch.Tensor, mask: torch.Tensor | None) -> list[tuple[torch.Tensor, int]]:
+    """Rows of a source [B, T, ...] in groups of like length, so that little padding is computed.
+
+    Args:
+        source: What has rows and tokens.
+        mask: Tokens that are seen [B, T]; None is all.
+
+    Returns:
+        For each group its rows, int64, and the width that holds their tokens.
+
+    Example:
+        >>> mask = torch.arange(200) < torch.tensor([[9], [200], [9]])
+        >>> [(rows.tolist(), width) for rows, width in alike(mask, mask)]
+        [([1], 200), ([0, 2], 9)]
+    """
+    batch, count = source.shape[:2]
+    if mask is None or batch == 1:
+        return [(torch.arange(batch), count)]
+    ends = ((mask > 0) * torch.arange(1, count + 1)).amax(1).clamp(min=1)
+    width, rows = ends.sort(descending=True, stable=True)
+    widths, cuts = width.tolist(), [0]
+    for row in range(1, batch):
+        first = widths[cuts[-1]]
+        if widths[row] < first and (row - cuts[-1]) * first >= ENOUGH:
+            cuts.append(row)
+    parts = rows.tensor_split(cuts[1:])
+    return [(part.sort().values, widths[cut]) for part, cut in zip(parts, cuts, strict=True)]
 
 
 def in_order(seen: torch.Tensor) -> torch.Tensor:

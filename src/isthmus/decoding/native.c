@@ -449,24 +449,21 @@ static int paired_for(int64_t N) { return N < 0; }
 #endif
 
 /* y [N, rows] (stride ys) = x [N, K], dealt out already, times rows of a weight matrix. */
-static void multiply(const float *x, int64_t K, int64_t N, const void *weight, int dtype,
-                     const float *scale, int64_t first, int64_t rows, float *y, int64_t ys) {
+static void multiply(const float *x, int64_t K, int64_t N, int paired, const void *weight,
+                     int dtype, const float *scale, int64_t first, int64_t rows, float *y,
+                     int64_t ys) {
   const char *w = (const char *)weight + first * K * SIZES[dtype];
-  for (int64_t n = 0; n < N; n += TILE) {
-    int64_t count = N - n < TILE ? N - n : TILE;
-    const float *part = x + n * K;
-    float *to = y + n * ys;
 #ifdef WIDE
-    if (paired_for(N)) {
-      if (dtype == FLOAT32) product_f32_wide(part, K, count, w, rows, to, ys);
-      if (dtype == BFLOAT16) product_bf16_wide(part, K, count, w, rows, to, ys);
-      if (dtype == INT8) product_i8_wide(part, K, count, w, rows, to, ys);
-      continue;
-    }
+  if (paired) {
+    if (dtype == FLOAT32) product_f32_wide(x, K, N, w, rows, y, ys);
+    if (dtype == BFLOAT16) product_bf16_wide(x, K, N, w, rows, y, ys);
+    if (dtype == INT8) product_i8_wide(x, K, N, w, rows, y, ys);
+  } else
 #endif
-    if (dtype == FLOAT32) product_f32(part, K, count, w, rows, to, ys);
-    if (dtype == BFLOAT16) product_bf16(part, K, count, w, rows, to, ys);
-    if (dtype == INT8) product_i8(part, K, count, w, rows, to, ys);
+  {
+    if (dtype == FLOAT32) product_f32(x, K, N, w, rows, y, ys);
+    if (dtype == BFLOAT16) product_bf16(x, K, N, w, rows, y, ys);
+    if (dtype == INT8) product_i8(x, K, N, w, rows, y, ys);
   }
   if (scale)
     for (int64_t n = 0; n < N; n++)
@@ -578,38 +575,50 @@ static const float *deal_together(const Op *op, const Call *call, Pieces *pieces
   return call->dealt;
 }
 
+/* What is done with products [N, rows] (stride size) before they are values of the target. */
+static void complete(const Op *op, int64_t N, int64_t first, int64_t rows, int64_t size,
+                     float *out, const float *more, float *y) {
+  for (int64_t n = 0; n < N; n++) {
+    float *from = out + n * size, *to = y + n * op->stride + first;
+    const float *gate = more + n * size;
+    if (op->factor)
+      for (int64_t r = 0; r < rows; r++) from[r] *= op->factor;
+    if (op->bias)
+      for (int64_t r = 0; r < rows; r++) from[r] += read_as(op->bias, first + r, op->bias_dtype);
+    if (op->gate)  /* whole vectors: a row of the scratch has room for them */
+      for (int64_t r = 0; r < rows; r += LANES)
+        store(from + r, load(from + r) * activate(load(gate + r), op->activation));
+    else if (op->activation)
+      for (int64_t r = 0; r < rows; r += LANES)
+        store(from + r, activate(load(from + r), op->activation));
+    if (op->add)
+      for (int64_t r = 0; r < rows; r++) to[r] += from[r];
+    else
+      memcpy(to, from, rows * sizeof(float));
+  }
+}
+
 static int64_t linear(const Op *op, const Call *call, Pieces *pieces, float *scratch) {
   int64_t N = call->batch * call->nodes, K = op->in_width, O = op->out_width;
   int64_t size = 262144 / (K * SIZES[op->dtype]) / 16 * 16;  /* what stays in a cache */
   size = size < 16 ? 16 : size > CHUNK ? CHUNK : size;
-  float *y = call->buffers[op->target] + op->offset, *out = scratch, *more = out + N * size;
+  float *y = call->buffers[op->target] + op->offset;
+  float *out = scratch, *more = out + TILE * size;
+  int paired = paired_for(N);
   const float *x = N > TILE ? deal_together(op, call, pieces)
-                            : dealt_out(call->buffers[op->source], K, N, op->dtype, paired_for(N),
-                                        more + N * size);
+                            : dealt_out(call->buffers[op->source], K, N, op->dtype, paired,
+                                        more + TILE * size);
   int64_t least = N <= FEW ? 16 : 48;
   for (int64_t first, rows; (rows = take_rows(pieces, O, least, size, call->threads, &first)) > 0;
-       finish(pieces, rows)) {
-    multiply(x, K, N, op->weight, op->dtype, op->scale, first, rows, out, size);
-    if (op->gate)
-      multiply(x, K, N, op->gate, op->dtype, op->gate_scale, first, rows, more, size);
-    for (int64_t n = 0; n < N; n++) {
-      float *from = out + n * size, *gate = more + n * size, *to = y + n * op->stride + first;
-      if (op->factor)
-        for (int64_t r = 0; r < rows; r++) from[r] *= op->factor;
-      if (op->bias)
-        for (int64_t r = 0; r < rows; r++) from[r] += read_as(op->bias, first + r, op->bias_dtype);
-      if (op->gate)  /* whole vectors: a row of the scratch has room for them */
-        for (int64_t r = 0; r < rows; r += LANES)
-          store(from + r, load(from + r) * activate(load(gate + r), op->activation));
-      else if (op->activation)
-        for (int64_t r = 0; r < rows; r += LANES)
-          store(from + r, activate(load(from + r), op->activation));
-      if (op->add)
-        for (int64_t r = 0; r < rows; r++) to[r] += from[r];
-      else
-        memcpy(to, from, rows * sizeof(float));
+       finish(pieces, rows))
+    for (int64_t n = 0; n < N; n += TILE) {
+      int64_t count = N - n < TILE ? N - n : TILE;
+      multiply(x + n * K, K, count, paired, op->weight, op->dtype, op->scale, first, rows, out, size);
+      if (op->gate)
+        multiply(x + n * K, K, count, paired, op->gate, op->dtype, op->gate_scale, first, rows, more,
+                 size);
+      complete(op, count, first, rows, size, out, more, y + n * op->stride);
     }
-  }
   return O;
 }
 
@@ -792,11 +801,12 @@ static void attend_block(const Op *op, const Call *call, int64_t b, int64_t g, i
   const float *x = dealt_out(q, D, count, FLOAT32, paired_for(count), tile);
   for (int64_t t = lowest, run; t < shared; t += run) {
     run = run_of(live, t, shared);
-    multiply(x, D, count, keys + (live ? live[t] : t) * D, FLOAT32, 0, 0, run, p + t, stride);
+    multiply(x, D, count, paired_for(count), keys + (live ? live[t] : t) * D, FLOAT32, 0, 0, run, p + t,
+             stride);
   }
   int64_t j = shared - past, more = last + 1 - j;
   if (more > 0) {
-    multiply(x, D, count, keys + tail + j * D, FLOAT32, 0, 0, more, own, more);
+    multiply(x, D, count, paired_for(count), keys + tail + j * D, FLOAT32, 0, 0, more, own, more);
     for (int64_t i = 0; i < count; i++)
       for (int64_t k = j; k <= last; k++)
         if (SEES(i, k)) p[i * stride + total[i]++] = own[i * more + k - j];
@@ -905,7 +915,7 @@ void isthmus_forward(const Op *ops, int64_t count, const Call *call) {
 
 /* Floats that a thread needs for up to N nodes over all rows that see `slots` keys. */
 int64_t isthmus_scratch(int64_t N, int64_t slots, int64_t widest, int64_t head_dim) {
-  int64_t product = 2 * N * CHUNK + (N < TILE ? N + 1 : TILE) * widest;
+  int64_t product = 2 * TILE * CHUNK + (N < TILE ? N + 1 : TILE) * widest;
   int64_t attention = QUERIES * (slots + 2 * N + 4 * LANES) + (2 * QUERIES + 1) * head_dim;
   return product > attention ? product : attention;
 }
