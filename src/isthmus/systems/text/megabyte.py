@@ -205,7 +205,7 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
     def bits_of(system: Megabyte) -> float:
         return float(system.record["validation"][-1]["bits_per_byte"])
 
-    pilot, steps = (50, 240) if small else (2, 4)
+    pilot, steps = (50, 480) if small else (2, 4)
     rates: dict[str, float] = {}
     systems: dict[str, list[Megabyte]] = {}
     for name in ("flat", "ours", "no global model"):
