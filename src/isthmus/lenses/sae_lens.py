@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -157,7 +157,9 @@ class SaeLens:
         x = vectors(model, site, train)
         sae = self._sae(x, told["sha256"], name)
         held = vectors(model, site, valid)
-        fit, cost = sae.measure(held), splice(model, site, sae, valid)
+        learnt = sae.measure(x)  # firing of rare features wants many tokens
+        fit = replace(sae.measure(held), dead=learnt.dead, firing=learnt.firing)
+        cost = splice(model, site, sae, valid)
         z = sae.encode(vectors(model, site, shown))  # [T - 1, m]
         own = vectors(model, site, shown)
         parts_sum = torch.einsum("tm,md->td", z, sae.atoms) / sae.scale + sae.shift / sae.scale
