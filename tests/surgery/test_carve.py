@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertModel
 
-from isthmus.errors import InvalidInputError, UnsupportedModelError
+from isthmus.errors import InvalidInputError, MissingExtraError, UnsupportedModelError
 from isthmus.nn.moe import Context
 from isthmus.nn.routers import AllExperts, SoftmaxRouter
 from isthmus.surgery.base import sites
@@ -182,3 +183,9 @@ def test_models_that_cannot_be_carved_say_why():
     scaled = dense("gemma", head_dim=8, hidden_activation="gelu_pytorch_tanh")
     with pytest.raises(UnsupportedModelError, match=r"else than a Llama|not laid out"):
         to_native(scaled, splits(1, 5))
+
+
+def test_clusters_without_scipy_say_which_extra_brings_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    with pytest.raises(MissingExtraError, match=r"isthmus\[shrink\]"):
+        balanced_clusters(torch.randn(4, 2), torch.randn(2, 2))

@@ -26,6 +26,8 @@ def shrink(
     out: Annotated[Path, Parameter(name=["--out", "-o"])],
     evaluate: Annotated[tuple[str, ...], Parameter(name="--evaluate")] = (),
     settings: Annotated[tuple[str, ...], Parameter(name="--set")] = (),
+    tune: int = 0,
+    rate: float = 1e-4,
     samples: int = 128,
     length: int = 512,
     repeats: int = 5,
@@ -48,6 +50,9 @@ def shrink(
         out: Folder of the new model.
         evaluate: What to evaluate on instead of the held-out part.
         settings: A setting of the method, as name=value; may be given several times.
+        tune: Steps of training after the cut, on the data that was calibrated on; zeros stay
+            zeros and experts stay carved.
+        rate: Peak of the learning rate of that training.
         samples: Samples to calibrate on, and to evaluate on.
         length: Tokens of a sample, for models that continue texts.
         repeats: Timed runs of each model; 0 times nothing.
@@ -70,6 +75,13 @@ def shrink(
     check_replaceable(out, (export.NATIVE, export.OWN), "model that isthmus shrank")
     if samples < 1 or length < 2 or repeats < 0:
         raise InvalidInputError("samples must be at least 1, length 2, and repeats 0")
+    chosen = _values(surgeon)
+    if tune < 0 or not rate > 0:
+        raise InvalidInputError("tune takes steps, 0 or more, and rate is above 0")
+    if tune and (chosen.get("kind") == "quantize" or chosen.get("bits")):
+        raise InvalidInputError(
+            "tuning would move rounded weights off their grid; leave --tune out, or only prune"
+        )
     place = locate(model)
     if Path(place).exists() and out.resolve() == Path(place).resolve():
         raise InvalidInputError(f"{out} is the original; choose another folder")
@@ -85,7 +97,6 @@ def shrink(
     calibration.check_apart(held_out)
 
     work = out.with_name(f".{out.name}.shrinking")
-    chosen = _values(surgeon)
     key = plan_key(
         method, budget, fingerprint(whole), calibration.fingerprint, chosen, _seed(chosen)
     )
@@ -102,7 +113,13 @@ def shrink(
         report = surgeon.apply(small, plan)
         stored = _stored(place) or torch.float32
         before = {"loss": held_out.loss(whole)}
+        cut = {"loss": held_out.loss(small)}
         record = {"budget": budget, "original": model, "calibration": calibration.source}
+    if tune:
+        record |= {"tuned": tune, "rate": rate}
+        with notes.status("tuning") as status:
+            _tuned(small, report, calibration, tune, rate, seed, Steps(work / "steps", key), status)
+    with notes.status("writing"):
         export.export(
             small,
             checkpoint.tokenizer,
@@ -112,6 +129,7 @@ def shrink(
             original=whole,
             dtype=stored,
             notes=record,
+            tuned=bool(tune),
         )
     shutil.rmtree(work, ignore_errors=True)
     del small
@@ -129,6 +147,7 @@ def shrink(
         "keeps": surgeon.keeps,
         "before": before,
         "after": after,
+        **({"cut": cut, "tuned": tune} if tune else {}),
         "speed": speeds,
         "evaluated on": held_out.source,
         "tokens": held_out.tokens,
@@ -174,6 +193,30 @@ def _samples(checkpoint: Any, found: Any, part: str, samples: int, length: int, 
         seed=seed,
         source=named,
     )
+
+
+def _tuned(
+    model: Any,
+    report: Any,
+    data: Any,
+    count: int,
+    rate: float,
+    seed: int,
+    steps: Any,
+    status: Any,
+) -> None:
+    """Tune a model in place; a training that was finished before is taken up from the disk."""
+    from isthmus.surgery.tuning import tune_cut
+
+    def make() -> dict[str, Any]:
+        def told(step: int, loss: float) -> None:
+            status.update(f"tuning: step {step} of {count}, loss {loss:.4f}")
+
+        tune_cut(model, report, data, count, rate=rate, seed=seed, report=told)
+        return dict(model.named_parameters())
+
+    made = steps.do(f"tuned {count} {rate!r} {seed}", make)
+    model.load_state_dict(made, strict=False)
 
 
 def _values(surgeon: Any) -> dict[str, Any]:
@@ -280,6 +323,14 @@ def _show(result: dict[str, Any], report: Any) -> None:
     table.add_row(
         "loss, nats/token", f"{before['loss']:.4f}", f"{after['loss']:.4f}", f"{lost:+.4f}"
     )
+    if "cut" in result:
+        cut = result["cut"]["loss"]
+        table.add_row(
+            f"... after the cut, before {result['tuned']} steps",
+            "",
+            f"{cut:.4f}",
+            f"{cut - before['loss']:+.4f}",
+        )
     share = after["bytes"] / max(before["bytes"], 1)
     table.add_row(
         "weights in files", f"{before['bytes']:,} B", f"{after['bytes']:,} B", f"{share:.1%}"

@@ -204,23 +204,32 @@ class Calibration:
             InvalidInputError: The samples have no labels.
         """
         total, count = 0.0, 0
-        device = next(model.parameters()).device
-        for batch in self.batches:
-            if "labels" not in batch:
-                raise InvalidInputError("these samples have no labels to compute a loss from")
-            given = {k: v.to(device) for k, v in batch.items() if k != "labels"}
-            labels = batch["labels"].to(device)
-            logits = model(**given, use_cache=False).logits.float()
-            if "decoder_input_ids" not in batch:
-                logits, labels = logits[:, :-1], labels[:, 1:]
-                labels = torch.where(given["attention_mask"][:, 1:].bool(), labels, IGNORED)
-            total += float(
-                F.cross_entropy(
-                    logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-                )
-            )
-            count += int((labels != IGNORED).sum())
+        for i in range(len(self.batches)):
+            value, tokens = self.summed_loss(model, i)
+            total += float(value)
+            count += tokens
         return total / max(count, 1)
+
+    def summed_loss(self, model: nn.Module, batch: int) -> tuple[Tensor, int]:
+        """Sum of the loss of a model over the tokens of one batch, in nats, and their number.
+
+        Raises:
+            InvalidInputError: The samples have no labels.
+        """
+        samples = self.batches[batch]
+        if "labels" not in samples:
+            raise InvalidInputError("these samples have no labels to compute a loss from")
+        device = next(model.parameters()).device
+        given = {k: v.to(device) for k, v in samples.items() if k != "labels"}
+        labels = samples["labels"].to(device)
+        logits = model(**given, use_cache=False).logits.float()
+        if "decoder_input_ids" not in samples:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+            labels = torch.where(given["attention_mask"][:, 1:].bool(), labels, IGNORED)
+        value = F.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        return value, int((labels != IGNORED).sum())
 
 
 class Reducer(Protocol):

@@ -111,7 +111,7 @@ def balanced_clusters(points: Tensor, centroids: Tensor, iterations: int = 1) ->
         >>> balanced_clusters(points, torch.tensor([[0.0], [9.0]])).tolist()
         [[2, 0, 4], [3, 1, 5]]
     """
-    assignment = require("scipy.optimize", "law").linear_sum_assignment
+    assignment = require("scipy.optimize", "shrink").linear_sum_assignment
     points, centroids = points.float(), centroids.float()
     size = part_size(len(points), len(centroids))
     found = torch.empty(0)

@@ -5,7 +5,8 @@ result            folder
 ================  ===============================================================================
 native            a checkpoint of transformers like any other, with ``surgery.json`` beside it
 of isthmus        ``isthmus_config.json``, the plan, and the original under ``base``: transformers
-                  has no model of that shape, so :func:`isthmus.load` applies the plan again
+                  has no model of that shape, so :func:`isthmus.load` applies the plan again;
+                  and weights that were tuned after the cut
 ================  ===============================================================================
 
 Either is loaded again before it is published, and must compute what the changed model computed.
@@ -21,20 +22,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from isthmus import registry
 from isthmus.errors import BrokenFileError, InvalidInputError, MismatchError
-from isthmus.folders import check_replaceable, published, read_record, replace_text
+from isthmus.folders import check_replaceable, digest, published, read_record, replace_text
 from isthmus.lenses import sites as site_maps
 from isthmus.models.hub import load_checkpoint, load_tokenizer
 from isthmus.settings import changed, tuples
-from isthmus.surgery.base import Plan, Report, asdict_plain
+from isthmus.surgery.base import Plan, Report, asdict_plain, write_tensors
 
 NATIVE, OWN = "surgery.json", "isthmus_config.json"
 """Files that tell a folder of a changed model."""
 
-BASE = "base"
+BASE, TUNED = "base", "tuned.safetensors"
 
 _WEIGHTS = (".safetensors", ".bin")
 
@@ -49,6 +52,7 @@ def export(
     original: Any = None,
     dtype: torch.dtype | None = None,
     notes: Mapping[str, Any] | None = None,
+    tuned: bool = False,
 ) -> None:
     """Publish a changed model, once it has been loaded again and found to be the same.
 
@@ -61,6 +65,8 @@ def export(
         original: The model before; needed where the report is not ``native``.
         dtype: Of the file; that of the model if None.
         notes: What else to write beside it, as JSON values.
+        tuned: Whether the weights are others than ``apply`` left, so that a folder of isthmus must
+            hold them beside the plan.
 
     Raises:
         InvalidInputError: The folder holds something else.
@@ -83,6 +89,10 @@ def export(
             record["plan"] = {k: v for k, v in asdict_plain(plan).items() if k != "tensors"}
         else:
             plan.save(new)
+            if tuned:
+                values = dict(_cast(model, dtype).named_parameters())
+                write_tensors(new / TUNED, values)
+                record["sha256"] = digest(new / TUNED)
         name = NATIVE if report.native else OWN
         replace_text(new / name, json.dumps(record, indent=1, sort_keys=True) + "\n")
         if report.native:
@@ -147,7 +157,22 @@ def load_own(
         raise BrokenFileError(f"{folder} holds the plan of another method; shrink again")
     checkpoint = load_checkpoint(str(folder / BASE), dtype="float32", device=device)
     surgeon(plan.method, plan.settings).apply(checkpoint.model, plan)
+    if "sha256" in record:
+        _put_tuned(checkpoint.model, folder / TUNED, str(record["sha256"]))
     return _cast(checkpoint.model, dtype).eval(), load_tokenizer(str(folder / BASE))
+
+
+def _put_tuned(model: Any, path: Path, expected: str) -> None:
+    """Put the weights of a training after the cut in the place of those that the plan gives."""
+    try:
+        if digest(path) != expected:
+            raise BrokenFileError(f"{path} was altered or cut short; shrink again")
+        values = load_file(path)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                weight.copy_(values[name])
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        raise BrokenFileError(f"{path} cannot be read ({error}); shrink again") from error
 
 
 def file_bytes(folder: str | Path) -> int:
