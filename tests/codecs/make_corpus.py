@@ -13,6 +13,7 @@ import torch
 
 from isthmus.codecs.base import pack
 from isthmus.codecs.container import TEXT, Frame, Header, write
+from isthmus.codecs.films import Av1, Ffv1
 from isthmus.codecs.lossless_audio import LosslessAudio
 from isthmus.codecs.lossless_image import LosslessImage
 from isthmus.roles import Signal
@@ -73,6 +74,21 @@ def board() -> Signal:
     return Signal(info, [cells.to(torch.uint8).expand(3, -1, -1).contiguous()])
 
 
+def film(planes: int, high: int, wide: int) -> Signal:
+    """A slope that moves."""
+    t, y, x = (torch.arange(n) for n in (5, high, wide))
+    grey = (40 + 9 * t[:, None, None] + 2 * y[:, None] + x).clamp(0, 255).to(torch.uint8)
+    values = torch.stack([grey, 255 - grey, grey // 2][:planes], 1)
+    info = {"medium": "video", "dtype": "uint8", "shape": [5, planes, high, wide], "rate": "25/1"}
+    return Signal(info, [values[:2], values[2:]])
+
+
+FILMS = {
+    "film": lambda: film(3, 18, 21),
+    "film-grey": lambda: film(1, 16, 16),
+    "film-exact": lambda: film(3, 16, 17),
+}
+
 FILES = {
     "drawing": lambda: packed(board()),
     "grey-dot": lambda: packed(picture(1, 1, 1)),
@@ -89,6 +105,9 @@ FILES = {
 
 
 if __name__ == "__main__":
-    CORPUS.mkdir(exist_ok=True)
+    (CORPUS / "films").mkdir(parents=True, exist_ok=True)
     for name, make in FILES.items():
         (CORPUS / f"{name}.ist").write_bytes(make())
+    for name, signal in FILMS.items():
+        with (CORPUS / "films" / f"{name}.ist").open("wb") as file:
+            pack(Ffv1() if "exact" in name else Av1(), signal(), file)

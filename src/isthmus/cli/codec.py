@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,24 +25,36 @@ def encode(
     out: Out,
     codec: str = "",
     rate: float | None = None,
+    quality: float | None = None,
     model: Path | None = None,
     json: Json = False,
 ) -> int:
-    """Make a file of sound or a picture small: an .ist file.
+    """Make a file of sound, a picture or a film small: an .ist file.
 
     Args:
-        given: wav, flac, ogg, mp3 ..., png, jpeg, webp ...
+        given: wav, flac, ogg, mp3 ..., png, jpeg, webp ..., mp4, mkv, webm ...
         out: The .ist file to write; an older one there is replaced at the end.
-        codec: Name of a codec; lossless when not given. One that has to be trained is trained at
+        codec: Name of a codec. Without it sound and pictures lose nothing, and films are coded
+            as AV1, with loss; ffv1 codes films without. One that has to be trained is trained at
             the scale small the first time.
-        rate: Wanted rate, of a codec that has a choice: kbit/s of sound, bits per pixel.
+        rate: Wanted rate, of a codec that has a choice: kbit/s of sound and films, bits per pixel.
+        quality: Wanted quality, 0 to 100, of a codec that has such a choice; AV1 takes 50.
         model: Folder of a trained codec, made by isthmus train.
         json: Print one JSON object and nothing else on standard output.
     """
     from isthmus.workbench.coding import encode as write
 
     with _progress("encoding", json) as (heard, report):
-        sizes = write(given, out, codec=codec, rate=rate, model=model, heard=heard, report=report)
+        sizes = write(
+            given,
+            out,
+            codec=codec,
+            rate=rate,
+            quality=quality,
+            model=model,
+            heard=heard,
+            report=report,
+        )
     before = given.stat().st_size
     if json:
         print_json({"out": str(out), "given_bytes": before, **asdict(sizes)})
@@ -49,6 +63,8 @@ def encode(
     console().print(
         f"{out}: {sizes.file:,} bytes ({share}), {sizes.codec}, {sizes.frames} frame(s)"
     )
+    for note in sizes.notes:
+        console(stderr=True).print(f"{given.name}: {note}")
     if sizes.file > before:
         console(stderr=True).print(
             f"{given.name} is smaller than what comes out: it was lossy, or of a kind that its own "
@@ -66,7 +82,7 @@ def decode(
     partial: Annotated[bool, Parameter(negative="")] = False,
     json: Json = False,
 ) -> int:
-    """Turn an .ist file into sound or a picture.
+    """Turn an .ist file into sound, a picture or a film.
 
     Args:
         given: The .ist file.
@@ -122,6 +138,10 @@ def inspect(given: Path, /, *, json: Json = False) -> int:
     rate = ""
     if found["length"] and signal["medium"] == "audio":
         rate = f", {found['bytes'] * 8 * signal['rate_hz'] / found['length'] / 1000:.2f} kbit/s"
+    elif found["length"] and signal["medium"] == "video":
+        each = Fraction(signal.get("rate", "25/1"))
+        seconds = float(found["length"] / each) if each > 0 else math.inf
+        rate = f", {found['bytes'] / 125 / seconds:.1f} kbit/s of {seconds:.2f} s"
     elif signal["medium"] == "image":
         rate = (
             f", {found['bytes'] * 8 / (signal['shape'][1] * signal['shape'][2]):.2f} bits a pixel"
@@ -184,8 +204,6 @@ def bench(
         picture: A .png, .svg or .pdf file to draw the curves into.
         json: Print one JSON object and nothing else on standard output.
     """
-    import math
-
     from rich.table import Table
 
     from isthmus.laws.forwards import check_picture

@@ -212,7 +212,7 @@ def encode(
     count, height, width = padded[0].shape
     av: Any = require("av", "codec")
     rate = rate or Fraction(25)
-    with _quiet():
+    with quiet():
         context: Any = av.CodecContext.create(how.encoder, "w")
         context.width, context.height, context.pix_fmt = width, height, form
         context.framerate, context.time_base, context.thread_count = rate, 1 / rate, 1
@@ -297,6 +297,20 @@ def decode(
         raise BrokenFileError(f"the video holds {len(planes[0])} pictures of {count}")
     kind = np.uint8 if bits == 8 else np.int32
     return [torch.from_numpy(np.stack(found).astype(kind, copy=False)) for found in planes]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """SVT-AV1 speaks on standard error unless its environment says otherwise."""
+    before = os.environ.get("SVT_LOG")
+    os.environ["SVT_LOG"] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["SVT_LOG"]
+        else:
+            os.environ["SVT_LOG"] = before
 
 
 # details ------------------------------------------------------------------------------------------
@@ -413,17 +427,3 @@ def _without_messages(packet: bytes) -> bytes:
 
 def _first(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """SVT-AV1 speaks on standard error unless its environment says otherwise."""
-    before = os.environ.get("SVT_LOG")
-    os.environ["SVT_LOG"] = "0"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["SVT_LOG"]
-        else:
-            os.environ["SVT_LOG"] = before

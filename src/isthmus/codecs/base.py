@@ -33,6 +33,9 @@ from isthmus.training.system import CONFIG, Answer, TrainedSystem, read_config
 PARTS = {
     "parts/lossless-image": "isthmus.codecs.lossless_image:LosslessImage",
     "parts/lossless-audio": "isthmus.codecs.lossless_audio:LosslessAudio",
+    "parts/av1": "isthmus.codecs.films:Av1",
+    "parts/ffv1": "isthmus.codecs.films:Ffv1",
+    "parts/lossless-h264": "isthmus.codecs.films:LosslessH264",
 }
 """Codecs that are parts rather than published systems: ``module:class`` by id."""
 
@@ -216,6 +219,7 @@ class Sizes:
         payload: Bytes of the frames' payloads alone, checks of symbols not counted.
         frames: Frames.
         samples: Length of the signal along its running axis: samples, rows or pictures.
+        notes: What of the file does not come along, in words.
     """
 
     codec: str
@@ -223,6 +227,7 @@ class Sizes:
     payload: int
     frames: int
     samples: int
+    notes: tuple[str, ...] = ()
 
 
 def pack(
@@ -256,17 +261,17 @@ def pack(
         lossless=codec.lossless,
         compact=compact,
     )
-    counted = [0, 0, 0]
+    payload = count = samples = 0
 
     def frames() -> Iterator[Frame]:
+        nonlocal payload, count, samples
         for frame in codec.encode(signal, header):
-            counted[0] += len(frame.payload)
-            counted[1] += 1
-            counted[2] += frame.samples
+            payload, count = payload + len(frame.payload), count + 1
+            samples += frame.samples
             yield frame
 
     total = write(file, header, frames(), codec.fields)
-    return Sizes(codec.id, total, *counted)
+    return Sizes(codec.id, total, payload, count, samples, tuple(getattr(signal, "notes", ())))
 
 
 @dataclass

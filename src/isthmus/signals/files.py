@@ -1,4 +1,4 @@
-"""Files of sound and pictures as signals, exactly as they are, and signals as files again.
+"""Files of sound, pictures and films as signals, exactly as they are, and signals as files again.
 
 Sound is read and written in pieces, so that an hour of it needs no more memory than a minute. A
 picture comes in bands of rows. Whole numbers stay whole numbers: 8, 16, 24 and 32-bit sound, 8 and
@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 
 from isthmus.errors import BrokenFileError, InvalidInputError, require
 from isthmus.roles import Signal
-from isthmus.signals import image
+from isthmus.signals import image, video
 
 SOUNDS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".w64")
 """Files that are taken for sound."""
@@ -30,11 +31,12 @@ PIECE = 1 << 16
 #: Sample formats of libsndfile that hold whole numbers, and how many bits of an int32 they fill.
 _WHOLE = {"PCM_S8": 8, "PCM_U8": 8, "PCM_16": 16, "PCM_24": 24, "PCM_32": 32, "ALAC_16": 16}
 _SUBTYPES = {"int8": "PCM_S8", "int16": "PCM_16", "int24": "PCM_24", "int32": "PCM_32"}
+_LAYOUTS = {"gray": "grey", "420": "4:2:0", "422": "4:2:2", "444": "4:4:4", "rgb": "RGB"}
 _COLOURS = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}
 
 
 def medium_of(path: str | Path) -> str:
-    """``audio`` or ``image``, by the suffix of a file.
+    """``audio``, ``image`` or ``video``, by the suffix of a file.
 
     Raises:
         InvalidInputError: It is another one.
@@ -44,26 +46,32 @@ def medium_of(path: str | Path) -> str:
         return "audio"
     if suffix in image.SUFFIXES:
         return "image"
+    if suffix in video.SUFFIXES:
+        return "video"
     raise InvalidInputError(
-        f"{path}: {suffix or 'a name without suffix'!r} is neither sound nor a picture; give one "
-        f"of {' '.join((*SOUNDS, *image.SUFFIXES))}"
+        f"{path}: {suffix or 'a name without suffix'!r} is neither sound nor a picture nor a film; "
+        f"give one of {' '.join((*SOUNDS, *image.SUFFIXES, *video.SUFFIXES))}"
     )
 
 
 def open_signal(path: str | Path, *, exact: bool = True) -> Signal:
-    """Open a file of sound or a picture.
+    """Open a file of sound, a picture or a film.
 
     Args:
         path: The file; its suffix says what it is.
         exact: Whole numbers as they are, as lossless codecs need them; False gives sound as
-            float32 and pictures as 8 bits.
+            float32 and pictures as 8 bits. Films come as RGB of 8 bits in any case;
+            :func:`~isthmus.signals.video.open_film` has their own planes.
 
     Raises:
         BrokenFileError: It is missing, damaged or cut off.
-        InvalidInputError: It is empty, or neither sound nor a picture.
-        MissingExtraError: ``soundfile`` or Pillow is not installed.
+        InvalidInputError: It is empty, or neither of them.
+        MissingExtraError: ``soundfile``, Pillow or PyAV is not installed.
     """
-    return _sound(Path(path), exact) if medium_of(path) == "audio" else _picture(Path(path), exact)
+    path, medium = Path(path), medium_of(path)
+    if medium == "video":
+        return video.open_video(path)
+    return _sound(path, exact) if medium == "audio" else _picture(path, exact)
 
 
 def save_signal(path: str | Path, signal: Signal, *, exact: bool = True) -> None:
@@ -71,19 +79,22 @@ def save_signal(path: str | Path, signal: Signal, *, exact: bool = True) -> None
 
     Args:
         path: The file.
-        signal: Sound or a picture.
+        signal: Sound, a picture or a film.
         exact: Keep the type of the samples or refuse; False writes sound in float32 as 16 bits,
-            cut at the limits.
+            cut at the limits, and films as H.264 with little loss.
 
     Raises:
         InvalidInputError: The format of that name cannot hold the signal, or is not known.
         BrokenFileError: It cannot be written.
     """
     path, medium = Path(path), signal.medium
-    if medium not in ("audio", "image"):
-        raise InvalidInputError(f"{medium} is written neither as sound nor as a picture")
+    if medium not in ("audio", "image", "video"):
+        raise InvalidInputError(f"{medium} is written neither as sound nor as a picture nor a film")
     if medium_of(path) != medium:
         raise InvalidInputError(f"{path} is no name for {medium}; choose another suffix")
+    if medium == "video":
+        video.save_video(path, signal, exact=exact)
+        return
     with replaced(path) as part:
         if medium == "audio":
             _save_sound(part, path, signal, exact)
@@ -235,4 +246,11 @@ def described(info: Mapping[str, Any]) -> str:
     if info["medium"] == "audio":
         length = "unknown length" if shape[1] is None else f"{shape[1] / info['rate_hz']:.2f} s"
         return f"{length}, {info['rate_hz']} Hz, {shape[0]} channel(s), {dtype}"
+    if info["medium"] == "video":
+        layout = info.get("layout", {1: "gray", 3: "rgb"}.get(shape[1], f"{shape[1]} planes"))
+        bits = info.get("bits", 8)
+        rate = f"{float(Fraction(info.get('rate', '25/1'))):.4g} pictures a second"
+        return (
+            f"{shape[3]} x {shape[2]} pixels, {_LAYOUTS.get(layout, layout)}, {bits} bits, {rate}"
+        )
     return f"{info['medium']} {dtype} {shape}"

@@ -14,6 +14,7 @@ True
 
 from __future__ import annotations
 
+import inspect as inspection
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -28,8 +29,13 @@ from isthmus.roles import Codec, Signal
 from isthmus.signals.files import medium_of, open_signal, replaced, save_signal
 from isthmus.training.loop import Progress
 
-DEFAULTS = {"audio": "parts/lossless-audio", "image": "parts/lossless-image"}
-"""What codes a medium when nobody asks for another codec."""
+DEFAULTS = {
+    "audio": "parts/lossless-audio",
+    "image": "parts/lossless-image",
+    "video": "parts/av1",
+}
+"""What codes a medium when nobody asks for another codec: films lose something, the others do not.
+"""
 
 SMALL = 1 << 16
 """Numbers of a signal below which the header counts, and is written short where it can be."""
@@ -44,18 +50,20 @@ def encode(
     *,
     codec: str | Codec = "",
     rate: float | None = None,
+    quality: float | None = None,
     model: str | Path | None = None,
     heard: Heard | None = None,
     report: Callable[[Progress], None] | None = None,
 ) -> Sizes:
-    """Write a file of sound or a picture as an ``.ist`` file; what was there is replaced whole.
+    """Write sound, a picture or a film as an ``.ist`` file; what was there is replaced whole.
 
     Args:
         given: The file.
         out: The ``.ist`` file.
-        codec: Name of a codec, or one at hand; lossless when empty. A codec that has to be trained
-            is trained at the scale small the first time.
+        codec: Name of a codec, or one at hand; when empty, one of :data:`DEFAULTS`. A codec that
+            has to be trained is trained at the scale small the first time.
         rate: Wanted rate of a codec that has a choice.
+        quality: Wanted quality, 0 to 100, of a codec that has such a choice.
         model: Folder of a trained codec.
         heard: Told about the progress.
         report: Called after every step of a training.
@@ -68,11 +76,13 @@ def encode(
     given, out = Path(given), Path(out)
     _apart(given, out)
     if isinstance(codec, str):
-        codec = _codec(codec or DEFAULTS[medium_of(given)], model, report)
-    if isinstance(codec, TrainedCodec):
-        signal = codec.open(given)
-    else:
-        signal = open_signal(given, exact=codec.lossless)
+        codec = _codec(codec or DEFAULTS[medium_of(given)], model, quality, report)
+    elif quality is not None:
+        raise InvalidInputError("a codec at hand has its quality already")
+    own: Callable[[Path], Signal] | None = getattr(codec, "open", None)
+    if own is not None and codec.medium == "video" and medium_of(given) != "video":
+        raise InvalidInputError(f"{codec.id} codes video, and {given} is {medium_of(given)}")
+    signal = own(given) if own is not None else open_signal(given, exact=codec.lossless)
     axis, total = _length(signal)
     numbers = 1
     for n in signal.info["shape"]:
@@ -93,7 +103,7 @@ def decode(
     limits: Limits | None = None,
     heard: Heard | None = None,
 ) -> Opened:
-    """Write what an ``.ist`` file holds as sound or a picture; what was there is replaced whole.
+    """Write what an ``.ist`` file holds as a file for others; what was there is replaced whole.
 
     Args:
         given: The ``.ist`` file.
@@ -117,7 +127,12 @@ def decode(
             raise InvalidInputError(f"{given} holds {signal.medium}; {out} is no name for that")
         axis, total = _length(signal)
         signal.chunks = _told(signal.chunks, axis, heard, total)
-        save_signal(out, signal, exact=opened.codec.lossless)
+        save: Callable[[Signal, Path, Path], None] | None = getattr(opened.codec, "save", None)
+        if save is not None and signal.medium == "video":
+            with replaced(out) as part:
+                save(signal, part, out)
+        else:
+            save_signal(out, signal, exact=opened.codec.lossless)
     finally:
         opened.reader.close()
     return opened
@@ -171,13 +186,21 @@ def _apart(given: Path, out: Path) -> None:
         raise InvalidInputError(f"{out} is the file that is read; choose another name")
 
 
-def _codec(name: str, model: str | Path | None, report: Callable[[Progress], None] | None) -> Codec:
+def _codec(
+    name: str,
+    model: str | Path | None,
+    quality: float | None,
+    report: Callable[[Progress], None] | None,
+) -> Codec:
     """A codec that is ready to encode."""
     system: Any = lookup(name)
+    choice = {} if quality is None else {"quality": quality}
+    if choice and "quality" not in inspection.signature(system).parameters:
+        raise InvalidInputError(f"{name} has no quality to choose; leave --quality out")
     if not issubclass(system, TrainedCodec):
         if model is not None:
             raise InvalidInputError(f"{name} is not trained; leave --model out")
-        made: Codec = system()
+        made: Codec = system(**choice)
         return made
     if model is None:
         from isthmus.workbench.trained import trained  # a door that trains nothing opens sooner
