@@ -36,7 +36,7 @@ FRACTIONS = 8
 REACH = 255
 """Latents beyond this look like it to the prior."""
 
-_START = 16.0
+_START = 48.0
 """How much larger latents begin, so that rounding leaves something of them."""
 
 _INDEX = 1 / 8
