@@ -17,7 +17,9 @@ Hyperprior: J. Balle et al., 2018, arXiv:1802.01436; D. Minnen et al., 2018, arX
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +38,11 @@ FRACTIONS = 8
 REACH = 255
 """Latents beyond this look like it to the prior."""
 
-_START = 48.0
-"""How much larger latents begin, so that rounding leaves something of them."""
+_GAIN = 12.0
+"""Latents begin as so many times the waves of pixels of 0 to 1: steps of a 12th."""
+
+_START = 8.0
+"""How much larger z begins, so that rounding leaves something of it."""
 
 _INDEX = 1 / 8
 """What one place of the table counts while the prior is trained."""
@@ -66,8 +71,31 @@ class _Residual(nn.Module):
         return out
 
 
-class Analysis(nn.Sequential):
-    """g_a: convolutions of stride 2, [B, C, H, W] to [B, M, H / 2^stages, W / 2^stages].
+def cosines(latents: int, channels: int, side: int) -> Tensor:
+    """The lowest waves of a block of pixels, [latents, channels, side, side], orthonormal.
+
+    The planes of three colours are mixed to grey and two differences, which get half the waves.
+
+    Example:
+        >>> w = cosines(12, 3, 4).flatten(1)
+        >>> bool(torch.allclose(w @ w.T, torch.eye(12), atol=1e-6)), float(w[0, 0])  # 1 / sqrt 48
+        (True, 0.1443375...)
+    """
+    at = (torch.arange(side) + 0.5) * math.pi / side
+    wave = torch.cos(torch.arange(side)[:, None] * at) * (2 / side) ** 0.5
+    wave[0] /= 2**0.5
+    planes = torch.eye(channels)
+    if channels == 3:
+        planes = torch.tensor([[1.0, 1, 1], [1, -1, 0], [1, 1, -2]])
+        planes = planes / planes.norm(dim=1, keepdim=True)
+    places = [(c, u, v) for c in range(channels) for u in range(side) for v in range(side)]
+    places.sort(key=lambda p: ((p[1] ** 2 + p[2] ** 2 + (p[0] > 0)) * (4 if p[0] else 1), p))
+    rows = [planes[c][:, None, None] * wave[u][:, None] * wave[v] for c, u, v in places[:latents]]
+    return torch.stack(rows)
+
+
+class Analysis(nn.Module):
+    """g_a: convolutions of stride 2, beside a shortcut that begins as a block cosine transform.
 
     Args:
         channels: C.
@@ -77,15 +105,22 @@ class Analysis(nn.Sequential):
     """
 
     def __init__(self, channels: int, width: int, latents: int, stages: int) -> None:
+        super().__init__()
         layers: list[nn.Module] = []
         for stage in range(stages):
             layers += [nn.Conv2d(width if stage else channels, width, 5, 2, 2), nn.GELU()]
-        last = nn.Conv2d(width, latents, 3, 1, 1)
-        last.weight.data *= _START
-        super().__init__(*layers, _Residual(width), last)
+        self.body = nn.Sequential(*layers, _Residual(width), nn.Conv2d(width, latents, 3, 1, 1))
+        side = 1 << stages
+        self.shortcut = nn.Conv2d(channels, latents, side, side)
+        _start(self.shortcut, cosines(latents, channels, side) * _GAIN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] to [B, M, H / 2^stages, W / 2^stages]."""
+        y: Tensor = self.body(x) + self.shortcut(x)
+        return y
 
 
-class Synthesis(nn.Sequential):
+class Synthesis(nn.Module):
     """g_s: convolutions and pixel shuffles, the way back of :class:`Analysis`.
 
     Args:
@@ -96,11 +131,28 @@ class Synthesis(nn.Sequential):
     """
 
     def __init__(self, channels: int, width: int, latents: int, stages: int) -> None:
+        super().__init__()
         layers: list[nn.Module] = [nn.Conv2d(latents, width, 3, 1, 1), _Residual(width)]
         for stage in range(stages):
             out = channels if stage == stages - 1 else width
-            layers += [nn.GELU(), nn.Conv2d(width, 4 * out, 3, 1, 1), nn.PixelShuffle(2)]
-        super().__init__(*layers)
+            last = nn.Conv2d(width, 4 * out, 3, 1, 1)
+            layers += [nn.GELU(), last, nn.PixelShuffle(2)]
+        last.weight.data /= _GAIN
+        self.body = nn.Sequential(*layers)
+        side = 1 << stages
+        self.shortcut = nn.ConvTranspose2d(latents, channels, side, side)
+        _start(self.shortcut, cosines(latents, channels, side) / _GAIN)
+
+    def forward(self, y: Tensor) -> Tensor:
+        """[B, M, h, w] to [B, C, h 2^stages, w 2^stages]."""
+        x: Tensor = self.body(y) + self.shortcut(y)
+        return x
+
+
+def _start(layer: Any, weight: Tensor) -> None:
+    with torch.no_grad():
+        layer.weight.zero_()[: len(weight)] = weight
+        layer.bias.zero_()
 
 
 @dataclass(frozen=True, eq=False)

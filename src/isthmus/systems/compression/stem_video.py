@@ -6,7 +6,8 @@ Idea: One image autoencoder codes every frame by itself; only the entropy model 
     predicts each latent from a hyper-latent and the two latents before it.
 Differs: The prior is a network of whole numbers, so that files decode on other machines, and is
     trained on that grid at the end. No spatial context (raster order has no place in a decoder that
-    works on whole frames) and no recurrent state. MSE alone, no MS-SSIM. A frame whose bits are
+    works on whole frames) and no recurrent state. MSE alone, no MS-SSIM. The autoencoder has a
+    shortcut that begins as a cosine transform, so that minutes teach it. A frame whose bits are
     fewer without the past, as after a cut, is a place to begin.
 
     x_t ──g_a──▶ y_t ──round──▶ y^_t ──g_s──▶ x^_t          the same for all frames
@@ -113,7 +114,7 @@ class StemVideo(TrainedCodec):
         ),
         "small": Scale(
             Settings(48, 32, 3, 8, 32, side=64, batch_size=8, pictures=0.4, grid=0.2, frozen=True),
-            replace(_ADAM, steps=2500, learning_rate=2e-3, warmup_steps=20, validate_every=2500),
+            replace(_ADAM, steps=1200, learning_rate=2e-3, warmup_steps=20, validate_every=1200),
             "workbench:moving",
         ),
         "paper": Scale(
