@@ -113,11 +113,16 @@ def test_contract_of_a_codec(slug: str) -> None:
 
 
 def signal(record: Any, medium: str) -> Signal:
-    """A record as a signal: a picture, or half a second of sound."""
+    """A record as a signal: a picture, a few of them, or half a second of sound."""
     if medium == "image":
         pixels = record.pixels()
         info = {"medium": "image", "dtype": "uint8", "shape": list(pixels.shape)}
         return Signal(info, [pixels])
+    if medium == "video":
+        frames = record.frames()[:3]
+        shape = list(frames.shape)
+        info = {"medium": "video", "dtype": "uint8", "shape": shape, "rate": "25/1"}
+        return Signal(info, [frames])
     assert medium == "audio", f"make a signal of {medium} here"
     sound = getattr(record, "clean", getattr(record, "sound", record)).at(16_000)[None, :8000]
     info = {"medium": "audio", "dtype": "float32", "shape": list(sound.shape), "rate_hz": 16_000}

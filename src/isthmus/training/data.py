@@ -6,6 +6,7 @@ new medium adds one entry to :data:`KINDS`::
     texts   one document           .txt .md .rst .py (a file each), .jsonl with a field "text"
     pairs   a source and its target .tsv .csv (two columns), .jsonl with "source" and "target"
     pictures  a picture             .png .jpg ... (a file each)
+    clips   moving pictures         .mp4 .mkv ... (a file each)
     masks   a picture and its mask  x.jpg and x.mask.png, or images/x.jpg and masks/x.png
     spoken  sound and its text      .tsv .csv (file, text), .jsonl with "audio" and "text"
     noisy   sound, noisy and clean  .tsv .csv (two files), .jsonl with "noisy" and "clean"
@@ -27,8 +28,9 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from isthmus.errors import BrokenFileError, InvalidInputError, UnknownNameError, require
-from isthmus.signals import image
+from isthmus.signals import image, video
 from isthmus.signals.audio import Recording
+from isthmus.signals.clips import ClipFile
 from isthmus.signals.text import read_text
 
 R = TypeVar("R")
@@ -136,6 +138,14 @@ def _picture(path: Path) -> Iterator[Line]:
         yield 1, BadRecord(str(error))
 
 
+def _clip(path: Path) -> Iterator[Line]:
+    try:
+        video.open_video(path)
+        yield 1, ClipFile(path)
+    except (BrokenFileError, InvalidInputError) as error:
+        yield 1, BadRecord(str(error))
+
+
 def _masked(path: Path) -> Iterator[Line]:
     if path.stem.endswith(".mask") or path.parent.name == "masks":
         return
@@ -219,6 +229,7 @@ KINDS: dict[str, Kind] = {
         _pairs, (".tsv", ".csv", ".jsonl"), 'two columns, or .jsonl: "source" and "target"'
     ),
     "pictures": Kind(_picture, image.SUFFIXES, "picture files"),
+    "clips": Kind(_clip, video.SUFFIXES, "video files"),
     "masks": Kind(_masked, image.SUFFIXES, "x.jpg and x.mask.png, or images/x.jpg and masks/x.png"),
     "spoken": Kind(
         _spoken, (".tsv", ".csv", ".jsonl"), 'file and text, or .jsonl: "audio" and "text"'

@@ -17,7 +17,7 @@ import torch
 from isthmus.errors import InvalidInputError, UnknownNameError
 from isthmus.signals.audio import Recording
 from isthmus.training.data import Data, Noisy, Pair, Spoken, Translated, read, read_hub
-from isthmus.workbench import codesearch, dates, digits, numbers, pycode, speech
+from isthmus.workbench import codesearch, dates, digits, moving, numbers, pycode, speech
 from isthmus.workbench.scene_masks import NAMED, MaskedScene, masked_scenes
 
 PREFIX, HUB = "workbench:", "hub:"
@@ -127,6 +127,8 @@ SOURCES: dict[str, Source] = {
         lambda: Data(digits.records("learn"), digits.records("stop")),
         "handwritten digits of 8 by 8 pixels and 17 levels",
     ),
+    "moving": Source("clips", moving.data, "pans over photographs, and digits that fly"),
+    "moving-few": Source("clips", lambda: moving.data(60, 6), "a few of them"),
     "docstrings": Source(
         "pairs", _docstrings, "first paragraphs of docstrings, and the text or code that follows"
     ),
