@@ -94,7 +94,7 @@ class Hnerv:
 
     Example:
         >>> still = torch.full((2, 3, 8, 8), 200, dtype=torch.uint8)
-        >>> codec = Hnerv(Settings(rate_bpp=60, encoder=4, epochs=30, learning_rate=1e-2))
+        >>> codec = Hnerv(Settings(rate_bpp=400, encoder=4, epochs=60, learning_rate=1e-2))
         >>> out, info = io.BytesIO(), {"medium": "video", "dtype": "uint8", "shape": [2, 3, 8, 8]}
         >>> _ = pack(codec, Signal(info | {"rate": "25/1"}, [still]), out)
         >>> back = torch.cat(list(unpack(out.getvalue()).signal.chunks))
