@@ -255,14 +255,19 @@ class SaeLens:
         flat = torch.cat([b[_there(b)] for b in train])
         rows = torch.cat([_rows(b)[_there(b)] + _ROWS * i for i, b in enumerate(train)])
         codes = torch.cat([sae.encode(part)[:, chosen] for part in torch.split(x, 4096)])
-        best = codes.topk(min(_PLACES, len(codes)), 0).indices.T.tolist()
+        best = codes.topk(min(_PLACES, len(codes)), 0)
         found = []
-        for feature, places in zip(chosen.tolist(), best, strict=True):
+        for feature, places, fired in zip(
+            chosen.tolist(), best.indices.T.tolist(), (best.values.T > 0).tolist(), strict=True
+        ):
             row: dict[str, Any] = {
                 "feature": feature,
                 "fires on": f"{float(fit.firing[feature]):.2%}",
             }
             for i, place in enumerate(places, 1):
+                row[f"place {i}"] = ""
+                if not fired[i - 1]:
+                    continue
                 near = torch.arange(max(place - _AROUND, 0), place + 1)
                 near = near[rows[near] == rows[place]]
                 words = subject.tokenizer.convert_ids_to_tokens(flat[near].tolist())
