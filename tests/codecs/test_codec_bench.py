@@ -46,6 +46,33 @@ def test_all_coders_in_one_run(files: Path, name: str) -> None:
         assert found.anchor == "JPEG" and found.bd.get("WEBP", 0) < 20
 
 
+def test_films(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    av = pytest.importorskip("av")
+    t, y, x = (np.arange(n) for n in (8, 48, 64))
+    grey = 60 + 4 * t[:, None, None] + 2 * y[:, None] + x
+    noise = np.random.default_rng(0).normal(0, 3, (8, 48, 64, 3))
+    values = np.stack([grey, 250 - grey, grey // 2], -1) + noise
+    with av.open(str(tmp_path / "a.mkv"), "w") as file:
+        stream = file.add_stream("ffv1", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for picture in values.clip(0, 255).astype(np.uint8):
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
+        file.mux(stream.encode(None))
+    words = ["bench", "codec", str(tmp_path / "a.mkv"), "--json", "-p", str(tmp_path / "x.png")]
+    assert main(words) == 0
+    record = json.loads(capsys.readouterr().out)
+    curves = record["curves"]
+    assert {"H.264", "isthmus ffv1", "isthmus lossless-h264"} <= set(curves)
+    assert record["medium"] == "video" and record["anchor"] == "H.264"
+    for name, points in curves.items():
+        exact = name in ("isthmus ffv1", "isthmus lossless-h264")
+        assert all((p["quality"] is None) == exact for p in points), name
+        assert [p["rate"] for p in points] == sorted(p["rate"] for p in points)
+        alike = [p["more"]["MS-SSIM-3"] for p in points]
+        assert alike == [1.0] if exact else 0.5 < alike[0] < alike[-1] < 1
+    assert curves["H.264"][-1]["quality"] > 30  # and not another film, or its colours swapped
+
+
 def test_quality_is_that_of_the_formula() -> None:
     one = torch.full((1, 4, 4), 10, dtype=torch.uint8)
     assert psnr(one, one) == math.inf
@@ -70,7 +97,7 @@ def test_the_door(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     record = json.loads(capsys.readouterr().out)
     assert record["curves"]["PNG lossless"][0]["quality"] is None and picture.exists()
     assert main(["bench", "codec", str(files / "a.png"), str(files / "a.wav")]) == 2
-    assert "pictures only, or sounds only" in capsys.readouterr().err
+    assert "pictures only, or sounds only, or films only" in capsys.readouterr().err
     assert main(["bench", "codec"]) == 2
     with pytest.raises(InvalidInputError):
         bench([])

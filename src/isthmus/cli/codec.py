@@ -193,13 +193,13 @@ def bench(
     picture: Annotated[Path | None, Parameter(name=["--picture", "-p"])] = None,
     json: Json = False,
 ) -> int:
-    """Compare codecs on your pictures or sounds: rate, distortion, time, in one run.
+    """Compare codecs on your pictures, sounds or films: rate, distortion, time, in one run.
 
     Ours that are ready (trained ones whose model is in the cache) beside JPEG, WebP, AVIF, PNG,
-    JPEG XL where its plug-in is installed; FLAC, Opus, Vorbis, MP3.
+    JPEG XL where its plug-in is installed; FLAC, Opus, Vorbis, MP3; H.264, H.265, AV1.
 
     Args:
-        files: Pictures only, or sounds only.
+        files: Pictures only, sounds only, or films only.
         model: Folder of a trained codec to compare as well.
         picture: A .png, .svg or .pdf file to draw the curves into.
         json: Print one JSON object and nothing else on standard output.
@@ -215,7 +215,8 @@ def bench(
     with console(stderr=True).status("") as status:
         found = measure(files, model=model, report=lambda name: status.update(name))
     image = found.medium == "image"
-    rate, quality = ("bits per pixel", "PSNR, dB") if image else ("kbit/s", "- log-mel dB")
+    rate = "bits per pixel" if image else "kbit/s"
+    quality = "- log-mel dB" if found.medium == "audio" else "PSNR, dB"
     if picture is not None:
         draw(picture, found.curves, rate=rate, quality=quality)
     if json:
@@ -226,12 +227,18 @@ def bench(
             ]
             for name, points in found.curves.items()
         }
-        record = {"curves": curves, "bd_rate": found.bd, "left_out": found.left_out}
+        record = {
+            "curves": curves,
+            "bd_rate": found.bd,
+            "left_out": found.left_out,
+            "notes": found.notes,
+        }
         print_json({"medium": found.medium, "anchor": found.anchor, **record})
         return 0
-    each = "Mpixel" if image else "s of sound"
+    each = "Mpixel" if image else "s"
     table = Table(pad_edge=False)
-    heads = ("setting", rate, quality, f"encode s/{each}", f"decode s/{each}")
+    more = [found.similarity] * bool(found.similarity)
+    heads = ("setting", rate, quality, *more, f"encode s/{each}", f"decode s/{each}")
     for head in ("codec", *heads, f"rate at equal quality, {found.anchor} = 0"):
         table.add_column(head, justify="left" if head == "codec" else "right")
     for name, points in found.curves.items():
@@ -239,8 +246,11 @@ def bench(
             said = f"{p.quality:.2f}" if math.isfinite(p.quality) else "exact"
             bd = f"{found.bd[name]:+.1f} %" if i == 0 and name in found.bd else ""
             times = (f"{p.encode_s:.3f}", f"{p.decode_s:.3f}")
-            table.add_row("" if i else name, p.label, f"{p.rate:.3f}", said, *times, bd)
+            also = [f"{p.more[m]:.4f}" if m in p.more else "" for m in more]
+            table.add_row("" if i else name, p.label, f"{p.rate:.3f}", said, *also, *times, bd)
     console().print(table)
+    for note in found.notes:
+        console(stderr=True).print(note)
     for name, why in found.left_out.items():
         console(stderr=True).print(f"left out: {name}: {why}")
     if picture is not None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from isthmus.cli.output import console, print_json, quiet_transformers
-from isthmus.errors import BrokenFileError, InvalidInputError
+from isthmus.errors import BrokenFileError, InvalidInputError, require
 
 _NEW_TOKENS = 32
 
@@ -28,6 +28,7 @@ def shrink(
     settings: Annotated[tuple[str, ...], Parameter(name="--set")] = (),
     tune: int = 0,
     rate: float = 1e-4,
+    packed: Path | None = None,
     samples: int = 128,
     length: int = 512,
     repeats: int = 5,
@@ -53,6 +54,8 @@ def shrink(
         tune: Steps of training after the cut, on the data that was calibrated on; zeros stay
             zeros and experts stay carved.
         rate: Peak of the learning rate of that training.
+        packed: Folder for rounded weights as packed integers, which transformers and vLLM load
+            (compressed-tensors); besides OUT, with a method's symmetric=true.
         samples: Samples to calibrate on, and to evaluate on.
         length: Tokens of a sample, for models that continue texts.
         repeats: Timed runs of each model; 0 times nothing.
@@ -69,6 +72,7 @@ def shrink(
     from isthmus.settings import pairs
     from isthmus.surgery import export
     from isthmus.surgery.base import Steps, check_budget, fingerprint, plan_key
+    from isthmus.surgery.packed import MARK, export_packed
 
     surgeon = export.surgeon(method, pairs(settings))
     check_budget(budget, surgeon.keeps)
@@ -82,6 +86,15 @@ def shrink(
         raise InvalidInputError(
             "tuning would move rounded weights off their grid; leave --tune out, or only prune"
         )
+    bits = round(16 * budget) if chosen.get("kind") == "quantize" else chosen.get("bits", 0)
+    if packed is not None:
+        check_replaceable(packed, (MARK,), "packed model")
+        if not (bits and chosen.get("symmetric")) or bits > 8 or packed.resolve() == out.resolve():
+            raise InvalidInputError(
+                "--packed is another folder than OUT, for weights that the method rounds to 8 bits "
+                "or fewer around 0; give --set kind=quantize --set symmetric=true"
+            )
+        require("compressed_tensors", "pack")
     place = locate(model)
     if Path(place).exists() and out.resolve() == Path(place).resolve():
         raise InvalidInputError(f"{out} is the original; choose another folder")
@@ -115,6 +128,9 @@ def shrink(
         before = {"loss": held_out.loss(whole)}
         cut = {"loss": held_out.loss(small)}
         record = {"budget": budget, "original": model, "calibration": calibration.source}
+    if packed is not None:
+        with notes.status("packing"):
+            export_packed(small, checkpoint.tokenizer, list(plan.tensors), bits, packed)
     if tune:
         record |= {"tuned": tune, "rate": rate}
         with notes.status("tuning") as status:
@@ -141,6 +157,8 @@ def shrink(
         export.file_bytes(place) if Path(place).is_dir() else weights * stored.itemsize
     )
     after["bytes"] = export.file_bytes(out)
+    if packed is not None:
+        after["packed bytes"] = export.file_bytes(packed)
     result = {
         "method": method,
         "budget": budget,
@@ -335,6 +353,9 @@ def _show(result: dict[str, Any], report: Any) -> None:
     table.add_row(
         "weights in files", f"{before['bytes']:,} B", f"{after['bytes']:,} B", f"{share:.1%}"
     )
+    if "packed bytes" in after:
+        share = after["packed bytes"] / max(before["bytes"], 1)
+        table.add_row("... as packed integers", "", f"{after['packed bytes']:,} B", f"{share:.1%}")
     for name in ("parameters", "active", "multiply_adds"):
         had, has = getattr(report.before, name), getattr(report.after, name)
         share = has / max(had, 1)

@@ -58,7 +58,7 @@ class Films:
     encoder: ClassVar[str]
     decoders: ClassVar[tuple[str, ...]]
     copied: ClassVar[tuple[str, ...]]
-    seen: ClassVar[dict[str, tuple[str, ...]]] = {}
+    seen: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     medium: ClassVar[Medium] = "video"
     numerics: ClassVar[str] = "static"
     fields: ClassVar[tuple[str, ...]] = ()
@@ -243,6 +243,7 @@ class Av1(Films):
     encoder = "libsvtav1"
     decoders = ("libdav1d", "libaom-av1", "av1")
     copied = (".mkv", ".mp4", ".webm")
+    qualities = (10.0, 30.0, 50.0, 70.0, 90.0)
 
     def form(self, info: Mapping[str, Any]) -> str:
         """The pixel format that is coded."""
@@ -275,8 +276,8 @@ class Ffv1(Films):
     id = "parts/ffv1"
     lossless = True
     encoder = "ffv1"
-    decoders = ("ffv1",)
-    copied = (".mkv",)
+    decoders: ClassVar[tuple[str, ...]] = ("ffv1",)
+    copied: ClassVar[tuple[str, ...]] = (".mkv",)
 
     def form(self, info: Mapping[str, Any]) -> str:
         """The pixel format that is coded."""
@@ -306,7 +307,7 @@ class LosslessH264(Ffv1):
     encoder = "libx264"
     decoders = ("h264",)
     copied = (".mkv", ".mp4")
-    seen = {"bgr0": ("gbrp",)} | {
+    seen: ClassVar[Mapping[str, tuple[str, ...]]] = {"bgr0": ("gbrp",)} | {
         # grey is coded as colour without colour by some builds
         name: (name.replace("gray", "yuv420p"),)
         for name in ("gray", "gray10le")
@@ -329,7 +330,7 @@ class LosslessH264(Ffv1):
 
 # details ------------------------------------------------------------------------------------------
 
-_H264 = ("gray", "yuv420p", "yuv422p", "yuv444p", "bgr0")
+_H264: tuple[str, ...] = ("gray", "yuv420p", "yuv422p", "yuv444p", "bgr0")
 _H264 += ("gray10le", "yuv420p10le", "yuv422p10le", "yuv444p10le")
 
 

@@ -8,12 +8,17 @@ import lzma
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from isthmus.codecs.av_bridge import CODERS, missing
+from isthmus.codecs.av_bridge import decode as decoded
+from isthmus.codecs.av_bridge import encode as coded
+from isthmus.codecs.container import leb, unleb
 from isthmus.errors import require
 from isthmus.roles import Medium
 
@@ -58,6 +63,10 @@ LOSSLESS: dict[str, Coder] = {
 """Coders without loss, by name, each at its strongest."""
 
 
+Rate = int | Fraction
+"""Samples or pictures a second."""
+
+
 # one signal at a time, at a choice of qualities -------------------------------------------------
 
 
@@ -67,30 +76,36 @@ class Peer:
 
     Attributes:
         name: Its name.
-        medium: ``image``: uint8 [C, H, W]; ``audio``: float32 [C, N] within [-1, 1].
+        medium: ``image``: uint8 [C, H, W]; ``audio``: float32 [C, N] within [-1, 1]; ``video``:
+            brightness and, where there are colours, two planes of them, each value repeated over
+            two by two pixels, uint8 [T, 1 or 3, H, W].
         lossless: Whether every bit comes back (of 16-bit sound).
         qualities: Settings to try, from small files to large ones.
-        encode: A signal, its rate in Hz and a setting into a whole file.
+        encode: A signal, its rate (Hz, pictures a second) and a setting into a whole file.
         decode: The file back into the signal.
+        learnt: Films come back as RGB.
     """
 
     name: str
     medium: Medium
     lossless: bool
     qualities: tuple[float, ...]
-    encode: Callable[[Tensor, int, float], bytes]
+    encode: Callable[[Tensor, Rate, float], bytes]
     decode: Callable[[bytes], Tensor]
+    learnt: bool = False
 
 
 def peers(medium: str) -> list[Peer]:
     """Coders of a medium that the installed libraries have.
 
     Args:
-        medium: ``image`` or ``audio``.
+        medium: ``image``, ``audio`` or ``video``.
 
     Raises:
-        MissingExtraError: Pillow or ``soundfile`` is not installed.
+        MissingExtraError: Pillow, ``soundfile`` or PyAV is not installed.
     """
+    if medium == "video":
+        return [_film(name) for name in CODERS if not missing(name)]
     if medium == "audio":
         formats: Any = require("soundfile", "codec").available_formats()
         found = [_sound("FLAC", "PCM_16", (1.0,), lossless=True)]
@@ -114,7 +129,7 @@ def peers(medium: str) -> list[Peer]:
 
 
 def _picture(form: str, qualities: tuple[float, ...], exact: dict[str, Any] | None = None) -> Peer:
-    def encode(pixels: Tensor, rate: int, quality: float) -> bytes:
+    def encode(pixels: Tensor, rate: Rate, quality: float) -> bytes:
         values: Any = pixels.permute(1, 2, 0).contiguous().numpy()
         out = io.BytesIO()
         values = values[..., 0] if len(pixels) == 1 else values
@@ -131,14 +146,37 @@ def _picture(form: str, qualities: tuple[float, ...], exact: dict[str, Any] | No
     return Peer(name, "image", exact is not None, qualities, encode, decode)
 
 
+def _film(coder: str) -> Peer:
+    """A video codec; its file is what a decoder needs, and three numbers for the size."""
+
+    def encode(pictures: Tensor, rate: Rate, quality: float) -> bytes:
+        planes = [pictures[:, 0], *(pictures[:, i, ::2, ::2] for i in range(1, len(pictures[0])))]
+        layout: Any = "gray" if len(planes) == 1 else "420"
+        done = coded(planes, coder, layout=layout, crf=quality, rate=Fraction(rate))
+        colours, high, wide = pictures.shape[1:]
+        sizes = leb(2 * len(pictures) + (colours > 1)) + leb(high) + leb(wide)
+        return sizes + done.pack()
+
+    def decode(data: bytes) -> Tensor:
+        count, at = unleb(data, 0)
+        high, at = unleb(data, at)
+        wide, at = unleb(data, at)
+        layout: Any = "420" if count % 2 else "gray"
+        found = decoded(data[at:], coder, (count // 2, high, wide), layout=layout)
+        whole = [x.repeat_interleave(2, 1).repeat_interleave(2, 2) for x in found[1:]]
+        return torch.stack([found[0], *(x[:, :high, :wide] for x in whole)], 1)
+
+    return Peer(CODERS[coder].name, "video", False, CODERS[coder].qualities, encode, decode)
+
+
 def _sound(form: str, subtype: str, qualities: tuple[float, ...], lossless: bool = False) -> Peer:
     soundfile: Any = require("soundfile", "codec")
 
-    def encode(samples: Tensor, rate: int, quality: float) -> bytes:
+    def encode(samples: Tensor, rate: Rate, quality: float) -> bytes:
         out = io.BytesIO()
         how: dict[str, Any] = {"format": form, "subtype": subtype, "compression_level": quality}
         whole = np.rint(samples.T.numpy() * 32768).clip(-32768, 32767).astype(np.int16)
-        soundfile.write(out, whole, rate, **how)
+        soundfile.write(out, whole, int(rate), **how)
         return out.getvalue()
 
     def decode(data: bytes) -> Tensor:

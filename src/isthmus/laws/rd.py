@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class Point:
         encode_s: Seconds that encoding took.
         decode_s: Seconds that decoding took.
         label: The setting.
+        more: Other measures by name.
     """
 
     rate: float
@@ -36,6 +37,7 @@ class Point:
     encode_s: float = 0.0
     decode_s: float = 0.0
     label: str = ""
+    more: Mapping[str, float] = field(default_factory=dict)
 
 
 def bd_rate(anchor: Sequence[Point], test: Sequence[Point]) -> float:
@@ -157,7 +159,7 @@ def draw(
             x, y = [p.rate for p in lossy], [p.quality for p in lossy]
             axes.plot(x, y, marker=mark, c=colour, ms=5, lw=1.6, label=name)
         for p in exact:
-            axes.plot(p.rate, top, mark, mfc="none", mec=colour, ms=8, label=name)
+            axes.plot(p.rate, top, mark, mfc="none", mec=colour, ms=8, label=f"{name} (exact)")
     axes.set(xscale="log", xlabel=rate, ylabel=quality, title=title)
     axes.grid(True, which="both", alpha=0.25)
     axes.legend(fontsize=8, frameon=False)

@@ -1,7 +1,10 @@
 """Codecs side by side on one's own files: rate, distortion and time, classical ones beside ours.
 
-All coders see the same samples and are counted by whole files. Pictures are judged by PSNR, sound
-by the mean distance of log-mel spectra in dB, after any delay has been taken out.
+All coders see the same samples and are counted by whole files. Pictures and films are judged by
+PSNR (of the mean error over all pictures of a film, in RGB) and MS-SSIM (of some of them), sound by
+the mean distance of log-mel spectra in dB, after any delay has been taken out. Classical coders get
+the planes of a film, codecs that learn get RGB; what they give back is turned into RGB by the same
+conversion.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +23,20 @@ import torch
 from torch import Tensor
 
 from isthmus.codecs.base import TrainedCodec, ids, known, lookup, pack, unpack
-from isthmus.codecs.peers import Peer, peers
+from isthmus.codecs.peers import Peer, Rate, peers
 from isthmus.errors import InvalidInputError, IsthmusError
 from isthmus.laws.rd import Point, bd_rate
+from isthmus.metrics.images import ms_ssim, scales_of
 from isthmus.roles import Medium, Signal
 from isthmus.signals.features import mel_filters
 from isthmus.signals.files import medium_of, open_signal
+from isthmus.signals.video import frame_of, open_film, values_of
+
+MOST = 1 << 27
+"""Numbers of a film that are compared: those of its first pictures."""
+
+LOOKED = 30
+"""Pictures of a film that MS-SSIM looks at, evenly over it."""
 
 REACH = 4096
 """Samples that a coder may delay sound by."""
@@ -40,6 +52,8 @@ class Found:
         bd: Rate against the anchor at equal quality, in percent, where curves can be compared.
         anchor: The coder that ``bd`` compares with.
         left_out: Coders that could not code these files, and why.
+        similarity: Name of the second measure in the points, such as ``MS-SSIM-3``; empty without.
+        notes: What of the files was not compared.
     """
 
     medium: Medium
@@ -47,6 +61,8 @@ class Found:
     bd: dict[str, float]
     anchor: str
     left_out: dict[str, str]
+    similarity: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def bench(
@@ -58,7 +74,7 @@ def bench(
     """Measure all coders of a medium on files of it.
 
     Args:
-        files: Pictures, or sounds.
+        files: Pictures, sounds or films.
         model: Folder of one more trained codec.
         report: Told the name of each coder before its turn.
 
@@ -68,37 +84,77 @@ def bench(
     """
     media = {medium_of(f) for f in files}
     if len(media) != 1:
-        raise InvalidInputError("give pictures only, or sounds only, at least one of them")
+        raise InvalidInputError(
+            "give pictures only, or sounds only, or films only, at least one of them"
+        )
     medium: Any = media.pop()
-    signals = [_whole(Path(f)) for f in files]
+    notes: list[str] = []
+    signals = [_whole(Path(f), notes) for f in files]
+    scales = 0
+    if medium != "audio":
+        scales = min(scales_of(*whole.shape[-2:]) for whole, _ in signals)
     curves: dict[str, list[Point]] = {}
     left_out: dict[str, str] = {}
     for peer in [*peers(medium), *_ours(medium, model)]:
         if report is not None:
             report(peer.name)
         try:
-            points = [_point(peer, q, signals) for q in peer.qualities]
+            points = [_point(peer, q, signals, scales) for q in peer.qualities]
         except (IsthmusError, OSError, RuntimeError, ValueError) as error:
             left_out[peer.name] = str(error).strip().splitlines()[0]
             continue
         curves[peer.name] = sorted(points, key=lambda p: p.rate)
-    anchor, bd = "JPEG" if medium == "image" else "MP3", {}
+    anchor, bd = {"image": "JPEG", "audio": "MP3"}.get(medium, "H.264"), {}
     for name, points in curves.items():
         if name != anchor and anchor in curves:
             try:
                 bd[name] = bd_rate(curves[anchor], points)
             except InvalidInputError:
                 continue  # a coder without loss, or of one quality
-    return Found(medium, curves, bd, anchor, left_out)
+    return Found(medium, curves, bd, anchor, left_out, _similarity(scales), tuple(notes))
 
 
-def _whole(path: Path) -> tuple[Tensor, int]:
-    """A picture uint8 [C, H, W], or sound of 16 bits as float32 [C, N], and its rate."""
+def _similarity(scales: int) -> str:
+    return f"MS-SSIM{'' if scales == 5 else f'-{scales}'}" if scales else ""
+
+
+def _whole(path: Path, notes: list[str]) -> tuple[Tensor, Rate]:
+    """A picture uint8 [C, H, W], sound of 16 bits as float32 [C, N] or a film, and its rate."""
+    if medium_of(path) == "video":
+        return _film(path, notes)
     signal = open_signal(path, exact=False)
     whole = torch.cat(list(signal.chunks), 1)
     if signal.medium == "audio":
         whole = (whole.clamp(-1, 1) * 32767).round() / 32768
     return whole, int(signal.info.get("rate_hz", 0))
+
+
+def _film(path: Path, notes: list[str]) -> tuple[Tensor, Rate]:
+    """A film as :class:`~isthmus.codecs.peers.Peer` has it, of 8 bits."""
+    film = open_film(path, exact=False)
+    bits, most = film.info["bits"], max(1, MOST // math.prod(film.info["shape"][1:]))
+    found: list[Tensor] = []
+    for chunk in film.chunks:
+        left = most - sum(map(len, found))
+        if len(chunk) > left:
+            notes.append(f"of {path} the first {most} pictures are compared")
+            found.append(chunk[:left])
+            break
+        found.append(chunk)
+    whole = torch.cat(found)
+    whole = whole if bits == 8 else (whole >> (bits - 8)).to(torch.uint8)
+    return whole, Fraction(film.info["rate"])
+
+
+def rgb(film: Tensor) -> Tensor:
+    """A film of planes in red, green and blue, as FFmpeg turns it; grey stays grey.
+
+    Args:
+        film: uint8 [T, 1 or 3, H, W], as :class:`~isthmus.codecs.peers.Peer` has it.
+    """
+    if film.shape[1] == 1:
+        return film
+    return torch.stack([values_of(frame_of(x, "yuv420p"), "rgb24") for x in film])
 
 
 def _ours(medium: str, model: str | Path | None) -> list[Peer]:
@@ -118,9 +174,20 @@ def _ours(medium: str, model: str | Path | None) -> list[Peer]:
 
 
 def _as_peer(codec: Any) -> Peer:
-    def encode(whole: Tensor, rate: int, quality: float) -> bytes:
+    steps = tuple(getattr(codec, "qualities", ()))
+    film, learnt = codec.medium == "video", isinstance(codec, TrainedCodec)
+
+    def encode(whole: Tensor, rate: Rate, quality: float) -> bytes:
         info: dict[str, Any] = {"medium": codec.medium, "shape": list(whole.shape)}
-        if codec.medium == "image":
+        used = type(codec)(quality=quality) if steps else codec
+        if film:
+            info |= {"dtype": "uint8", "rate": f"{Fraction(rate)}".removesuffix("/1")}
+            info["rate"] += "/1" * ("/" not in info["rate"])
+            if learnt:
+                whole = rgb(whole)
+            else:
+                info |= {"layout": "gray" if whole.shape[1] == 1 else "420", "bits": 8}
+        elif codec.medium == "image":
             info["dtype"] = "uint8"
         elif codec.lossless:
             info |= {"dtype": "int16", "rate_hz": rate}
@@ -128,21 +195,30 @@ def _as_peer(codec: Any) -> Peer:
         else:
             info |= {"dtype": "float32", "rate_hz": rate}
         out = io.BytesIO()
-        pack(codec, Signal(info, [whole]), out, rate=quality if quality > 0 else None)
+        wanted = quality if quality > 0 and not steps else None
+        pack(used, Signal(info, [whole]), out, rate=wanted)
         return out.getvalue()
 
     def decode(data: bytes) -> Tensor:
-        whole = torch.cat(list(unpack(data, codec=codec).signal.chunks), 1)
+        whole = torch.cat(list(unpack(data, codec=codec).signal.chunks), 0 if film else 1)
         return whole.float() / 32768 if whole.dtype == torch.int32 else whole
 
-    rates = tuple(getattr(codec, "rates", ())) or (0.0,)
+    rates = steps or tuple(getattr(codec, "rates", ())) or (0.0,)
     return Peer(
-        f"isthmus {codec.id.split('/')[1]}", codec.medium, codec.lossless, rates, encode, decode
+        f"isthmus {codec.id.split('/')[1]}",
+        codec.medium,
+        codec.lossless,
+        rates,
+        encode,
+        decode,
+        learnt,
     )
 
 
-def _point(peer: Peer, setting: float, signals: Sequence[tuple[Tensor, int]]) -> Point:
-    bits, size, spent, back, qualities = 0, 0.0, 0.0, 0.0, []
+def _point(
+    peer: Peer, setting: float, signals: Sequence[tuple[Tensor, Rate]], scales: int
+) -> Point:
+    bits, size, spent, back, qualities, alike = 0, 0.0, 0.0, 0.0, [], []
     for whole, rate in signals:
         start = time.perf_counter()
         data = peer.encode(whole, rate, setting)
@@ -151,11 +227,22 @@ def _point(peer: Peer, setting: float, signals: Sequence[tuple[Tensor, int]]) ->
         spent, back = spent + middle - start, back + time.perf_counter() - middle
         bits += 8 * len(data)
         image = peer.medium == "image"
-        size += whole[0].numel() if image else 1000 * whole.shape[1] / rate
-        qualities.append(psnr(whole, decoded) if image else closeness(whole, decoded, rate))
+        length = whole.shape[0 if peer.medium == "video" else 1]
+        size += whole[0].numel() if image else float(1000 * length / rate)
+        if peer.medium == "audio":
+            qualities.append(closeness(whole, decoded, int(rate)))
+            continue
+        if peer.medium == "video":
+            whole, decoded = rgb(whole), decoded if peer.learnt else rgb(decoded)
+        qualities.append(psnr(whole, decoded))
+        if scales:
+            step = -(-len(whole) // LOOKED) if peer.medium == "video" else 1
+            pairs = (whole, decoded) if step == 1 else (whole[::step], decoded[::step])
+            alike.append(ms_ssim(*pairs, scales=scales))
     per = size / 1e6 if peer.medium == "image" else size / 1000
     quality = sum(qualities) / len(qualities)
-    return Point(bits / size, quality, spent / per, back / per, f"{setting:g}")
+    more = {_similarity(scales): sum(alike) / len(alike)} if alike else {}
+    return Point(bits / size, quality, spent / per, back / per, f"{setting:g}", more)
 
 
 def psnr(truth: Tensor, other: Tensor) -> float:
@@ -168,7 +255,12 @@ def psnr(truth: Tensor, other: Tensor) -> float:
     """
     if truth.shape != other.shape:
         raise InvalidInputError(f"pictures of {list(truth.shape)} and {list(other.shape)}")
-    error = float((truth.double() - other.double()).square().mean())
+    total = 0.0
+    for a, b in zip(
+        torch.split(truth, 16), torch.split(other, 16), strict=True
+    ):  # memory stays flat for films
+        total += float((a.double() - b.double()).square().sum())
+    error = total / truth.numel()
     return 10 * math.log10(255**2 / error) if error else math.inf
 
 
