@@ -770,8 +770,8 @@ class Signal:
     ======  ======================================  ============================================
     audio   dtype, shape [C, N or None], rate_hz    int32 or float32 [C, n]
     image   dtype, shape [C, H, W]                  uint8, or int32 for 16 bits, [C, rows, W]
-    video   dtype, shape [T or None, C, H, W],      uint8 [frames, C, H, W]
-            rate (a fraction, ``"25/1"``)
+    video   dtype, shape [T or None, C, H, W],      uint8, or int32 for more bits,
+            rate (a fraction, ``"25/1"``)           [frames, C, H, W]
     tensor  dtype, shape                            the tensor
     bytes   dtype, shape [N]                        uint8 [n]
     ======  ======================================  ============================================

@@ -79,7 +79,8 @@ def whole(path: Path) -> torch.Tensor:
 def heard(path: Path) -> list[bytes]:
     """Coded sound, packet by packet."""
     with av.open(str(path)) as file:
-        return [bytes(p) for p in file.demux(audio=0) if p.dts is not None]
+        streams = file.streams.audio
+        return [bytes(p) for p in file.demux(streams) if p.dts is not None] if streams else []
 
 
 def times(path: Path) -> list[float]:
@@ -112,6 +113,8 @@ def test_planes_come_back_exactly(
     sizes = isthmus.encode(given, small, codec=codec)
     assert sizes.codec == f"parts/{codec}" and sizes.samples == 6 and not sizes.notes
     isthmus.decode(small, out)
+    with av.open(str(out)) as file:
+        assert abs(file.streams.video[0].average_rate - 30) < 0.5  # times are whole milliseconds
     if codec == "lossless-h264":
         assert torch.equal(whole(given), whole(out)[:, : 1 if form == "gray" else 3])
         return
@@ -150,6 +153,23 @@ def test_grey_stays_as_bright_as_it_is(tmp_path: Path) -> None:
     isthmus.encode(given, tmp_path / "x.ist", quality=100)
     back = torch.cat(list(unpack(tmp_path / "x.ist").signal.chunks))
     assert back.shape[1] == 1 and (back.float() - whole(given).float()).abs().mean() < 2
+
+
+def test_a_codec_of_plain_pictures_gets_rgb(tmp_path: Path) -> None:
+    """As codecs that learn do: no planes, no sound, which is said."""
+
+    class Plain(Ffv1):
+        open = None  # type: ignore[assignment]
+
+    given = film(tmp_path / "a.mp4", coder="libx264", sound=True)
+    sizes = isthmus.encode(given, tmp_path / "x.ist", codec=Plain())
+    assert sizes.notes == ("its sound is left out",) and sizes.samples == 6
+    opened = isthmus.decode(tmp_path / "x.ist", tmp_path / "b.mkv")
+    assert "layout" not in opened.signal.info and heard(tmp_path / "b.mkv") == []
+    truth = torch.cat(list(open_video(given).chunks))
+    assert torch.equal(torch.cat(list(open_video(tmp_path / "b.mkv").chunks)), truth)
+    with pytest.raises(InvalidInputError, match="has its quality already"):
+        isthmus.encode(given, tmp_path / "x.ist", codec=Plain(), quality=3)
 
 
 def test_quality_and_rate_are_kept(tmp_path: Path) -> None:

@@ -325,7 +325,7 @@ class LosslessH264(Ffv1):
 
     def options(self, parameters: Mapping[str, Any]) -> dict[str, str]:
         """What the encoder is told."""
-        return {"qp": "0", "preset": "medium"}
+        return {"preset": "medium", **_EXACT}
 
 
 # details ------------------------------------------------------------------------------------------
@@ -339,6 +339,8 @@ def _halved(form: str, high: int, wide: int) -> bool:
     return bool((wide % 2 and form[:6] in ("yuv420", "yuv422")) or (high % 2 and "420" in form))
 
 
+#: Nothing is lost; the stream names pictures a second, not the steps that times are counted in.
+_EXACT = {"qp": "0", "x264-params": "force-cfr=1"}
 #: No random numbers in the file, and nothing that asks for going back in it.
 _PLAIN = {"fflags": "bitexact", "live": "1"}
 _SOUND: tuple[str, ...] = (
@@ -428,7 +430,7 @@ class _Copy:
             self.streams[stream.index] = self._like(stream)
             return
         coder = "libx264rgb" if form == "bgr0" else "libx264"
-        self.stream = self.file.add_stream(coder, rate=stream.average_rate, options={"qp": "0"})
+        self.stream = self.file.add_stream(coder, rate=stream.average_rate, options=_EXACT)
         self.stream.height, self.stream.width = stream.height, stream.width
         self.stream.pix_fmt = form
         self.stream.codec_context.time_base = stream.time_base
