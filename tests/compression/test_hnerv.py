@@ -18,6 +18,7 @@ from isthmus.systems.compression import hnerv
 from isthmus.systems.compression.hnerv import Hnerv, Settings
 from isthmus.testing import check_codec
 from isthmus.training.field import Learner, between, field, fitted, padded, psnr, rendered
+from isthmus.workbench.codec_bench import _ours
 from isthmus.workbench.drifting import drifting
 
 SMALL = Settings(
@@ -114,6 +115,11 @@ def test_a_file_cannot_ask_for_much_memory():
         list(codec.decode(replace(header, parameters=names), []))
     with torch.device("meta"):
         assert size(field(SMALL, 12, 32, 32)) > 0
+
+
+def test_a_bench_of_films_does_not_wait_for_it():
+    names = [peer.name for peer in _ours("video", None)]
+    assert names and not any("hnerv" in name for name in names)
 
 
 def test_the_claim_runs():

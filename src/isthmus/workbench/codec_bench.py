@@ -162,8 +162,8 @@ def _ours(medium: str, model: str | Path | None) -> list[Peer]:
     found = []
     for name in ids():
         system: Any = lookup(name)
-        if system.medium != medium:
-            continue
+        if system.medium != medium or getattr(system, "fits_each_file", False):
+            continue  # minutes a second of film are no comparison for a bench
         trained = issubclass(system, TrainedCodec)
         ready = [*known(system)][:1] if trained else [system()]
         if trained and model is not None:

@@ -110,6 +110,7 @@ class Hnerv:
     lossless = False
     numerics = "static"
     fingerprint = NO_MODEL
+    fits_each_file = True
     fields = ("content", "embedding", "hidden", "millibpp")
 
     def __init__(self, settings: Settings | None = None) -> None:
