@@ -172,6 +172,14 @@ def test_a_codec_of_plain_pictures_gets_rgb(tmp_path: Path) -> None:
         isthmus.encode(given, tmp_path / "x.ist", codec=Plain(), quality=3)
 
 
+def test_a_film_that_was_cut_off_says_so(tmp_path: Path) -> None:
+    given = film(tmp_path / "a.mkv", size=(64, 96), count=120, steps=(20,))
+    assert isthmus.encode(given, tmp_path / "x.ist").notes == ()
+    given.write_bytes(given.read_bytes()[: given.stat().st_size // 2])
+    (note,) = isthmus.encode(given, tmp_path / "x.ist").notes
+    assert "of 4.0 s; the file may be cut off" in note
+
+
 def test_quality_and_rate_are_kept(tmp_path: Path) -> None:
     given = film(tmp_path / "a.mkv", size=(64, 96), count=60)
     sizes = {q: isthmus.encode(given, tmp_path / "x.ist", quality=q).file for q in (10, 50, 90)}

@@ -51,7 +51,7 @@ def ms_ssim(truth: torch.Tensor, other: torch.Tensor, *, scales: int = 0) -> flo
         >>> dark, light = torch.full((2, 1, 200, 200), 50), torch.full((2, 1, 200, 200), 100)
         >>> low = (0.01 * 255) ** 2  # by hand: only brightness differs, at the coarsest scale
         >>> wanted = ((2 * 50 * 100 + low) / (50**2 + 100**2 + low)) ** 0.1333
-        >>> abs(ms_ssim(dark, light) - wanted) < 1e-6
+        >>> abs(ms_ssim(dark, light) - wanted) < 1e-4
         True
     """
     room = scales_of(*truth.shape[-2:])

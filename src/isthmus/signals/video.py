@@ -221,6 +221,7 @@ def _pictures(path: Path, file: Any, film: Film, rate: Fraction) -> Iterator[tup
     """Times and pictures; packets of sound go into the film as they come."""
     av, count, before = _av(), 0, None
     step = max(1, round(1 / (rate * film.unit)))
+    promised = float((file.duration or 0) / av.time_base)
     try:
         with file:
             for packet in file.demux([file.streams.video[0], *film.tracks]):
@@ -242,6 +243,11 @@ def _pictures(path: Path, file: Any, film: Film, rate: Fraction) -> Iterator[tup
         ) from error
     if not count:
         raise BrokenFileError(f"{path} holds no picture that can be decoded")
+    seconds = float(((before or 0) + step) * film.unit)
+    if seconds < promised - 1:
+        film.notes.append(
+            f"its pictures end after {seconds:.1f} of {promised:.1f} s; the file may be cut off"
+        )
 
 
 def values_of(frame: Any, form: str) -> torch.Tensor:
