@@ -95,7 +95,9 @@ def test_the_k_largest_units_stay():
     assert made(torch.tensor([1.0, 5, 5])).tolist() == [0, 2, 3]
 
 
-@pytest.mark.parametrize("kind", ["sigma", "renormalised", "switch", "s-base", "top-k", "dense"])
+@pytest.mark.parametrize(
+    "kind", ["sigma", "renormalised", "switch", "s-base", "top-k", "pkm", "dense"]
+)
 def test_every_relative_learns_and_counts_its_losses(kind):
     torch.manual_seed(0)
     system = SigmaMoe(replace(TINY, feed_forward=kind))
@@ -117,7 +119,7 @@ def test_every_relative_learns_and_counts_its_losses(kind):
     system.module.train()
     learner.loss(batch).total.backward()
     assert all(p.grad is not None for p in system.module.global_layers.parameters())
-    assert bool(found) == (kind not in ("top-k", "dense"))
+    assert bool(found) == (kind not in ("top-k", "pkm", "dense"))
 
 
 def test_balance_by_transport_is_for_training_alone():
@@ -166,3 +168,10 @@ def test_bad_input():
         Settings(top_k=17)
     with pytest.raises(InvalidInputError, match="empty"):
         SigmaMoe(TINY).run("")
+
+
+def test_product_keys_hold_as_many_numbers_as_the_dense_layer():
+    s = SigmaMoe.scales["small"].settings
+    made, dense = (feed_forward(replace(s, feed_forward=kind)) for kind in ("pkm", "dense"))
+    assert made.values.numel() == sum(p.numel() for p in dense.parameters())
+    assert made.heads * made.top_k == s.top_k * s.expert_size

@@ -44,3 +44,28 @@ class FeedForward(nn.Module):
             inner = getattr(F, self.kind)(inner)
         out: torch.Tensor = self.out_proj(self.dropout(inner))
         return out
+
+
+class TopKFeedForward(FeedForward):
+    """A dense layer of relus, of whose hidden units only the largest are kept.
+
+    Section 3.1 of R. Csordas et al., 2023, arXiv:2310.10837.
+
+    Args:
+        hidden_size: Width D.
+        intermediate_size: Hidden units.
+        kept: How many are kept; with all of them it is the dense layer itself.
+    """
+
+    def __init__(self, hidden_size: int, intermediate_size: int, kept: int) -> None:
+        super().__init__(hidden_size, intermediate_size, "relu", bias=False)
+        self.kept = kept
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map x [..., D] to [..., D]."""
+        inner = self.in_proj(x).relu()
+        if self.kept < inner.shape[-1]:
+            values, places = inner.topk(self.kept, -1)
+            inner = torch.zeros_like(inner).scatter(-1, places, values)
+        out: torch.Tensor = self.out_proj(inner)
+        return out

@@ -44,7 +44,7 @@ def grid_of(weight: Tensor, bits: int) -> Grid:
     Example:
         >>> grid = grid_of(torch.tensor([[-0.5, 0.0, 1.0]]), 2)
         >>> grid.scale.tolist(), grid.codes(torch.tensor([[-0.5, 1.0]])).tolist()
-        ([[0.5]], [[1.0, 4.0]])
+        ([[0.5]], [[0.0, 3.0]])
     """
     if not 1 <= bits <= 8:
         raise InvalidInputError(f"codes that are packed have 1 to 8 bits, not {bits}")

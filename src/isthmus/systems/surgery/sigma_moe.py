@@ -5,9 +5,9 @@ Paper: R. Csordas, K. Irie, J. Schmidhuber, "Approximating Two-Layer Feedforward
 Idea: A feed-forward layer is a sum over parts of its hidden units. Taking the k parts with the
     largest sigmoid scores, which do not compete, comes near the whole at a share of its compute.
 Differs: A pre-norm decoder of bytes with rotary positions instead of Transformer-XL. Product-key
-    memories, the paper's third relative, are left out. Top-K keeps as many hidden units as the
-    experts would. Expert dropout and the weight of the balance loss at paper scale are those of
-    the paper's text as remembered, not checked to the last digit.
+    memories, the paper's third relative, can be trained and are no row of the claim. Top-K keeps
+    as many hidden units as the experts would. Expert dropout and the weight of the balance loss at
+    paper scale are those of the paper's text as remembered, not checked to the last digit.
 
     y = sum over e in the k largest of s: s_e W2_e relu(W1_e x),  s = sigmoid(W3 x)  (section 5)
     loss = cross-entropy + gamma sum over e of p_e log p_e,   p = mean of softmax(W3 x)
@@ -32,8 +32,9 @@ from isthmus.decoding.patch_target import PatchTarget
 from isthmus.errors import InvalidInputError
 from isthmus.laws.opcount import count
 from isthmus.models.byte_patches import BytePatches, PatchSizes
-from isthmus.nn.feed_forward import FeedForward
+from isthmus.nn.feed_forward import TopKFeedForward
 from isthmus.nn.moe import Experts, MoE, Routed, Router, Routing, routings
+from isthmus.nn.product_keys import ProductKeys
 from isthmus.nn.routers import SigmoidRouter, SinkhornRouter, SoftmaxRouter, equal_norms
 from isthmus.objectives import balance
 from isthmus.roles import Loss
@@ -45,7 +46,7 @@ from isthmus.training.system import Answer, Scale, TrainedSystem
 from isthmus.workbench.data import data as named_data
 from isthmus.workbench.trained import trained
 
-Kind = Literal["sigma", "renormalised", "switch", "s-base", "top-k", "dense"]
+Kind = Literal["sigma", "renormalised", "switch", "s-base", "top-k", "pkm", "dense"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,9 @@ class Settings:
         feed_forward: ``sigma``; ``renormalised``; ``switch`` (softmax weights as they are, its own
             balance loss and a router without equal norms); ``s-base`` (balanced by transport in
             training, for comparison only: it looks at later bytes there); ``top-k`` (the K G
-            largest hidden units of the dense layer) or ``dense``.
+            largest hidden units of the dense layer); ``pkm`` (product keys with relu scores,
+            whose values are as many numbers as the dense layer and of which all heads together
+            take K G) or ``dense``.
         balance: Weight of the balance loss, gamma.
         expert_dropout: Share of scores left out in training, delta.
         max_length: Bytes of a piece.
@@ -112,29 +115,6 @@ class Settings:
         )  # fmt: skip
 
 
-class TopKFeedForward(FeedForward):
-    """The dense layer, of whose hidden units only the largest are kept (section 3.1).
-
-    Args:
-        hidden_size: Width D.
-        intermediate_size: Hidden units.
-        kept: How many are kept; with all of them it is the dense layer itself.
-    """
-
-    def __init__(self, hidden_size: int, intermediate_size: int, kept: int) -> None:
-        super().__init__(hidden_size, intermediate_size, "relu", bias=False)
-        self.kept = kept
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map x [..., D] to [..., D]."""
-        inner = self.in_proj(x).relu()
-        if self.kept < inner.shape[-1]:
-            values, places = inner.topk(self.kept, -1)
-            inner = torch.zeros_like(inner).scatter(-1, places, values)
-        out: torch.Tensor = self.out_proj(inner)
-        return out
-
-
 def router(s: Settings) -> Router:
     """The router of a layer (sections 4 and 5)."""
     sizes = (s.hidden_size, s.num_experts, s.top_k)
@@ -163,6 +143,13 @@ def feed_forward(s: Settings) -> nn.Module:
         nn.init.normal_(whole.in_proj.weight, std=into)
         nn.init.normal_(whole.out_proj.weight, std=out)
         return whole
+    if s.feed_forward == "pkm":
+        side, heads = math.isqrt(2 * s.units), s.num_attention_heads
+        kept = min(max(s.top_k * s.expert_size // heads, 1), side)
+        width = max(s.hidden_size // (2 * heads), 1)
+        keys = ProductKeys(s.hidden_size, side, kept, heads=heads, key_size=width, scores="relu")
+        nn.init.normal_(keys.values, std=out)
+        return keys
     experts = Experts(s.num_experts, s.hidden_size, s.expert_size, "relu", gated=False)
     nn.init.normal_(experts.into, std=into)
     nn.init.normal_(experts.down_proj, std=out)  # by E G, not by G: section 5, "Initialization"
