@@ -126,7 +126,7 @@ class StemVideo(TrainedCodec):
                 grid=0.2,
                 frozen=True,
             ),
-            replace(_ADAM, steps=1200, learning_rate=2e-3, warmup_steps=20, validate_every=1200),
+            replace(_ADAM, steps=800, learning_rate=2e-3, warmup_steps=20, validate_every=800),
             "workbench:moving",
         ),
         "paper": Scale(
