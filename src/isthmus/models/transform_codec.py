@@ -44,6 +44,9 @@ _GAIN = 12.0
 _START = 8.0
 """How much larger z begins, so that rounding leaves something of it."""
 
+_PAST = 1 / 8
+"""What one unit of an earlier latent counts inside the prior."""
+
 _INDEX = 1 / 8
 """What one place of the table counts while the prior is trained."""
 
@@ -164,6 +167,7 @@ class WholePrior:
         temporal: Layers over earlier latents.
         fusion: Layers over both.
         mean: Layers that give means, in parts of a whole number.
+        linear: Layers over earlier latents that give what is added to them.
         index: Layers that give places in the table.
     """
 
@@ -171,6 +175,7 @@ class WholePrior:
     temporal: list[WholeConv]
     fusion: list[WholeConv]
     mean: list[WholeConv]
+    linear: list[WholeConv]
     index: list[WholeConv]
 
     def __call__(self, z: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,11 +183,14 @@ class WholePrior:
 
         Past latents that are not there are zeros.
         """
-        seen = run(self.spatial, z.clamp(-REACH, REACH))
+        seen, past = run(self.spatial, z.clamp(-REACH, REACH)), past.clamp(-REACH, REACH)
         if self.temporal:
-            seen = torch.cat([seen, run(self.temporal, past.clamp(-REACH, REACH))], 1)
+            seen = torch.cat([seen, run(self.temporal, past)], 1)
         fused = run(self.fusion, seen)
-        return run(self.mean, fused).long(), run(self.index, fused).long()
+        mean = run(self.mean, fused)
+        if self.linear:
+            mean = mean + run(self.linear, past)
+        return mean.long(), run(self.index, fused).long()
 
     def tensors(self) -> dict[str, Tensor]:
         """What it is made of, as integers."""
@@ -221,16 +229,21 @@ class Prior(nn.Module):
                 WholeConvolution(width, 4 * width, shuffle=2),
             ]
         )
-        self.temporal = None
+        far = (1 << 15) - 1
+        wide: dict[str, Any] = {"step_out": 1 / FRACTIONS, "low": -far, "high": far}
+        self.temporal = self.linear = None
         if temporal:
-            first = WholeConvolution(2 * latents, 2 * width, 5, step_in=1.0)
+            straight = WholeConvolution(2 * latents, latents, 3, step_in=1.0, **wide)
+            with torch.no_grad():  # half of the latent before
+                straight.conv.weight.zero_()[range(latents), range(latents), 1, 1] = 0.5
+            self.linear = WholeNet([straight])
+            first = WholeConvolution(2 * latents, 2 * width, 5, step_in=_PAST)
             self.temporal = WholeNet(
                 [first, WholeConvolution(2 * width, width), WholeConvolution(width, width)]
             )
         inputs = width * (1 + temporal)
         self.fusion = WholeNet([WholeConvolution(inputs, 2 * width, 3)])
-        far = (1 << 15) - 1
-        mean = WholeConvolution(2 * width, latents, 1, step_out=1 / FRACTIONS, low=-far, high=far)
+        mean = WholeConvolution(2 * width, latents, 1, **wide)
         index = WholeConvolution(2 * width, latents, 1, step_out=_INDEX, high=63)
         nn.init.constant_(index.conv.bias, 2.5)  # type: ignore[arg-type]  # a deviation of 1.3
         for head in (mean, index):
@@ -245,18 +258,20 @@ class Prior(nn.Module):
             past: The two latents before, the latest first, [B, 2M, h, w]; zeros where none are.
             exact: Compute on the grids of the whole numbers.
         """
-        seen = self.spatial(z.clamp(-REACH, REACH), exact)
+        seen, past = self.spatial(z.clamp(-REACH, REACH), exact), past.clamp(-REACH, REACH)
         if self.temporal is not None:
-            seen = torch.cat([seen, self.temporal(past.clamp(-REACH, REACH), exact)], 1)
+            seen = torch.cat([seen, self.temporal(past * _PAST, exact)], 1)
         fused = self.fusion(seen, exact)
-        return self.mean(fused, exact), scale_at(self.index(fused, exact) / _INDEX)
+        mean = self.mean(fused, exact)
+        if self.linear is not None:
+            mean = mean + self.linear(past, exact)
+        return mean, scale_at(self.index(fused, exact) / _INDEX)
 
     def frozen(self) -> WholePrior:
         """The same in whole numbers."""
-        temporal = [] if self.temporal is None else self.temporal.frozen()
-        parts = (self.spatial, self.fusion, self.mean, self.index)
-        spatial, fusion, mean, index = (part.frozen() for part in parts)
-        return WholePrior(spatial, temporal, fusion, mean, index)
+        names = WholePrior.__dataclass_fields__
+        parts = (getattr(self, name) for name in names)
+        return WholePrior(*([] if part is None else part.frozen() for part in parts))
 
 
 class Hyperprior(nn.Module):

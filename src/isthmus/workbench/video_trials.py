@@ -11,7 +11,7 @@ from torch import Tensor
 from isthmus.codecs import av_bridge
 from isthmus.codecs.base import TrainedCodec, pack, unpack
 from isthmus.codecs.peers import peers
-from isthmus.errors import DesyncError
+from isthmus.errors import BrokenFileError, DesyncError
 from isthmus.roles import Signal
 from isthmus.testing.mutations import parts, sealed
 from isthmus.training.clip_codec import CLIPS, GRID, ClipCodec, Told, psnr
@@ -74,12 +74,16 @@ def without(data: bytes, number: int) -> bytes:
 
 
 def noticed(codec: TrainedCodec, data: bytes, number: int) -> bool:
-    """Whether a lost frame is found out at the one after it, and not shown."""
+    """Whether a lost frame is found out at the one after it, by an error of isthmus.
+
+    Symbols of another law mostly decode to others, which their check tells
+    (:class:`~isthmus.errors.DesyncError`); some cannot be decoded at all.
+    """
     shown = 0
     try:
         for _ in unpack(without(data, number), codec=codec).signal.chunks:
             shown += 1
-    except DesyncError:
+    except (BrokenFileError, DesyncError):
         return shown == number
     return False
 

@@ -113,8 +113,20 @@ class StemVideo(TrainedCodec):
             "workbench:moving-few",
         ),
         "small": Scale(
-            Settings(48, 32, 3, 8, 32, side=64, batch_size=8, pictures=0.4, grid=0.2, frozen=True),
-            replace(_ADAM, steps=1200, learning_rate=2e-3, warmup_steps=20, validate_every=1200),
+            Settings(
+                48,
+                32,
+                3,
+                8,
+                32,
+                side=64,
+                batch_size=8,
+                trade=0.003,
+                pictures=0.35,
+                grid=0.2,
+                frozen=True,
+            ),
+            replace(_ADAM, steps=800, learning_rate=2e-3, warmup_steps=20, validate_every=800),
             "workbench:moving",
         ),
         "paper": Scale(
@@ -224,20 +236,22 @@ class StemVideo(TrainedCodec):
         pixels: Tensor = (x[..., :height, :width] * 255).round().clamp(0, 255)
         return pixels.to(torch.uint8)
 
+    def _before(self, y: Tensor, z: Tensor, past: Tensor | None) -> tuple[Tensor, bool]:
+        """The latents that tell of these, and whether they are none."""
+        none = self.module.law.no_past(y)
+        if past is None or not self.settings.temporal:
+            return none, True
+        # a cut: what was before tells nothing
+        cut = self.settings.cuts and self.coder.bits(y, z, none) < self.coder.bits(y, z, past)
+        return (none, True) if cut else (past, False)
+
     def encode(self, signal: Signal, header: Header) -> Iterator[Frame]:
         """A frame for each picture."""
         self._check(header.signal, InvalidInputError)
         past: Tensor | None = None
         for picture in (picture for chunk in signal.chunks for picture in chunk):
             y, z = self.analyse(picture)
-            none = self.module.law.no_past(y)
-            reset = past is None or not self.settings.temporal
-            if past is None or reset:
-                past = none
-            elif self.settings.cuts:  # a cut: what was before tells nothing
-                bits = [self.coder.bits(y, z, p) for p in (past, none)]
-                if bits[1] < bits[0]:
-                    past, reset = none, True
+            past, reset = self._before(y, z, past)
             data = self.coder.compress(y, z, past)
             yield Frame.of(_symbols(y, z), data, samples=1, reset=reset)
             past = torch.cat([y, past[:, : y.shape[1]]], 1)
@@ -248,10 +262,8 @@ class StemVideo(TrainedCodec):
         found, past = [], None
         for picture in clip:
             y, z = self.analyse(picture)
-            none = self.module.law.no_past(y)
-            past = none if past is None else past
-            options = [none] + [past] * self.settings.temporal
-            found.append(min(self.coder.bits(y, z, p) for p in options))
+            past, _ = self._before(y, z, past)
+            found.append(self.coder.bits(y, z, past))
             past = torch.cat([y, past[:, : y.shape[1]]], 1)
         return torch.tensor(found, dtype=torch.float64)
 
@@ -287,6 +299,8 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
         )
         for temporal in (True, False)
     )
+    uncut = StemVideo(replace(ours.settings, cuts=False))  # all frames but the first look back
+    uncut.module, uncut._coder = ours.module, ours.coder
     count = 2 if few else 16
     shot = {
         name: torch.stack([r.frames() for r in clips])
@@ -305,7 +319,7 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
         equal.append(torch.equal(with_time.back, without.back))
         level = with_time.psnr_db.mean(0)
         drift.append(abs(float(level[-1] - level[0])))
-        noticed += [trials.noticed(ours, file, 3) for file in with_time.files]
+        noticed += [trials.noticed(ours, file, 3) for file in trials.coded(uncut, clips).files]
         for clip, bits in zip(clips, with_time.bits, strict=False):
             excess = max(excess, float((bits - 1.005 * ours.estimates(clip) - 64).max()))
         grid.append(trials.on_the_grid(ours.module, ours.settings, x))
@@ -364,6 +378,8 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
         notes=(
             f"{count} pans and {count} flights of 8 frames, 64 by 64, at most 2 pixels a frame, "
             "there and back, so that frames 1 and 8 show the same in the mean",
+            "a first run at lambda 0.01 (1.2 bits a pixel), without a linear path from past "
+            "latents to means, saved 2.5 % on 4 pans and 14 % on 4 flights; gates are as then",
             "bits are those of payloads in files; x265 (low delay) and JPEG code all clips as one "
             "sheet, so that their headers count for little, at the setting nearest in PSNR",
         ),
