@@ -175,9 +175,7 @@ def flat(levels: int, times: int) -> Pattern:
     emits = _one_by_one(levels, times, level, time)
     none = torch.full_like(emits, NONE)
     until = torch.full_like(n, len(n))
-    return Pattern(
-        levels, times, len(n), n, time, level, emits, _behind(emits), none, until
-    )
+    return Pattern(levels, times, len(n), n, time, level, emits, _behind(emits), none, until)
 
 
 def _shifted(levels: int, times: int, delay: int) -> Pattern:

@@ -76,7 +76,13 @@ class PatternLM(nn.Module):
     """
 
     def __init__(
-        self, levels: int, size: int, width: int = 64, layers: int = 3, heads: int = 4, *,
+        self,
+        levels: int,
+        size: int,
+        width: int = 64,
+        layers: int = 3,
+        heads: int = 4,
+        *,
         kinds: int = 64,
     ) -> None:
         super().__init__()
@@ -152,9 +158,7 @@ class PatternLM(nn.Module):
             edged[:, step.level, step.time] = best
         return edged[..., :-1]
 
-    def _step(
-        self, edged: Tensor, pattern: Pattern, step: Step, stores: list[RowStore]
-    ) -> Tensor:
+    def _step(self, edged: Tensor, pattern: Pattern, step: Step, stores: list[RowStore]) -> Tensor:
         """Logits [B, P, V] of the codes that a step writes."""
         x = self._read(edged, pattern, step.rows)
         rows, device = x.shape[1], x.device
