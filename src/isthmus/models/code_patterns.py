@@ -174,7 +174,7 @@ def flat(levels: int, times: int) -> Pattern:
     time, level = n // levels, n % levels
     emits = _one_by_one(levels, times, level, time)
     none = torch.full_like(emits, NONE)
-    until = torch.full_like(n, len(n))
+    until = torch.full_like(n, len(n) - 1)
     return Pattern(levels, times, len(n), n, time, level, emits, _behind(emits), none, until)
 
 
@@ -183,7 +183,7 @@ def _shifted(levels: int, times: int, delay: int) -> Pattern:
     s = torch.arange(steps)
     emits = s[:, None] - delay * torch.arange(levels)
     emits = emits.masked_fill((emits < 0) | (emits >= times), NONE)
-    until = torch.full_like(s, steps)
+    until = torch.full_like(s, steps - 1)
     none = torch.full_like(emits, NONE)
     kind = torch.zeros_like(s)
     return Pattern(levels, times, steps, s, s, kind, emits, _behind(emits), none, until)
@@ -224,7 +224,7 @@ def stack(levels: int, times: int) -> Pattern:
     before = torch.where(emits > 0, emits - 1, NONE)
     lower = torch.arange(levels) < level[:, None]
     same = torch.where(lower, time[:, None], NONE)
-    until = torch.where(level == 0, len(n), (level + 1) * times - 1)
+    until = torch.where(level == 0, len(n) - 1, (level + 1) * times - 1)
     return Pattern(levels, times, len(n), n, time, level, emits, before, same, until)
 
 
@@ -274,5 +274,5 @@ def streams(levels: int, times: int, *, delay: int = 3, stride: int = 3) -> Patt
     over = at < 0
     at = torch.where(over, step, at)
     kind = level * (stride + 1) + torch.where(over, stride, at % stride)
-    until = torch.where(level == 0, steps, step)
+    until = torch.where(level == 0, steps - 1, step)
     return Pattern(levels, times, steps, step, at, kind, emits, before[step], same, until)

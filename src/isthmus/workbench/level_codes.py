@@ -123,9 +123,9 @@ def taught(
     *,
     steps: int,
     width: int = 64,
-    layers: int = 3,
+    layers: int = 2,
     heads: int = 4,
-    batch_size: int = 16,
+    batch_size: int = 8,
     seed: int = 0,
 ) -> PatternLM:
     """A model that learnt matrices [N, K, T] in the order of a pattern."""
