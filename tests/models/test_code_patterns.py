@@ -68,7 +68,6 @@ def model():
         torch.manual_seed(0)
         made = PatternLM(3, 5, 16, 3, 2).double()
         torch.nn.init.normal_(made.head)
-        torch.nn.init.normal_(made.embed.weight)
     return made.eval()
 
 

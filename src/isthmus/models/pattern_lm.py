@@ -93,6 +93,8 @@ class PatternLM(nn.Module):
         self.levels, self.size, self.kinds = levels, size, kinds
         self.embed = nn.EmbeddingBag(2 * levels * (size + 1) + kinds, width, mode="sum")
         nn.init.normal_(self.embed.weight, std=0.3)
+        with torch.no_grad():  # nothing is read at most places, and at first it says nothing
+            self.embed.weight[size : 2 * levels * (size + 1) : size + 1] = 0
         inner = width * 8 // 3 // 8 * 8
         sizes = LayerSizes(width, heads, heads, width // heads, inner)
         self.layers = nn.ModuleList(DecoderLayer(sizes) for _ in range(layers))

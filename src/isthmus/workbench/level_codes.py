@@ -69,13 +69,15 @@ class LevelLaw:
         above = F.pad(before[:, 1:], (0, 0, 0, 1), value=self.size)
         level = torch.arange(self.levels)[:, None]
         logits = self.below[level, below] + self.own[level, before] + self.above[level, above]
-        return F.cross_entropy(logits.flatten(0, 2), codes.flatten(), reduction="none").view(
-            codes.shape
-        )
+        costs = F.cross_entropy(logits.flatten(0, 2), codes.flatten(), reduction="none")
+        return costs.view(codes.shape)
 
     def _law(self, k: int, below: Tensor, last: Tensor) -> Tensor:
         """Logits [B, V] of level k; ``last`` is the frame before and a level without codes."""
-        return self.below[k, below] + self.own[k, last[:, k]] + self.above[k, last[:, k + 1]]
+        logits: Tensor = (
+            self.below[k, below] + self.own[k, last[:, k]] + self.above[k, last[:, k + 1]]
+        )
+        return logits
 
 
 class PatternLearner:
@@ -148,5 +150,5 @@ def taught(
 @torch.no_grad()
 def bits(model: PatternLM, pattern: Pattern, codes: Tensor, batch_size: int = 32) -> Tensor:
     """Bits of each matrix by the chain rule over the pattern, float32 [N]."""
-    costs = [model.nats(part, pattern).sum((1, 2)) for part in codes.split(batch_size)]
+    costs = [model.nats(part, pattern).sum((1, 2)) for part in torch.split(codes, batch_size)]
     return torch.cat(costs) / torch.log(torch.tensor(2.0))
