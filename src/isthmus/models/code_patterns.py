@@ -113,6 +113,16 @@ class Pattern:
         return told[self.row_of.flatten()] > 0
 
     @cached_property
+    def places(self) -> Tensor:
+        """Step and time of each row, int64 [1, N, 2]."""
+        return torch.stack([self.step, self.at], -1)[None]
+
+    @cached_property
+    def reads(self) -> Tensor:
+        """Times that a row reads: just written, then lower levels, int64 [N, 2 K]."""
+        return torch.cat([self.before, self.same], 1)
+
+    @cached_property
     def plan(self) -> list[Step]:
         """What generation does, pass by pass."""
         first = torch.searchsorted(self.step, torch.arange(self.steps + 1))
@@ -215,7 +225,7 @@ def stack(levels: int, times: int) -> Pattern:
     Example:
         >>> made = stack(3, 10)
         >>> made.steps, made.cached
-        (30, 20)
+        (30, 19)
     """
     _checked(levels, times)
     n = torch.arange(levels * times)

@@ -96,7 +96,8 @@ class PatternLM(nn.Module):
         with torch.no_grad():  # nothing is read at most places, and at first it says nothing
             self.embed.weight[size : 2 * levels * (size + 1) : size + 1] = 0
         inner = width * 8 // 3 // 8 * 8
-        sizes = LayerSizes(width, heads, heads, width // heads, inner)
+        # few channels turn by each coordinate, and clips are short
+        sizes = LayerSizes(width, heads, heads, width // heads, inner, rope_theta=100.0)
         self.layers = nn.ModuleList(DecoderLayer(sizes) for _ in range(layers))
         self.norm = nn.RMSNorm(width, 1e-6)
         self.head = nn.Parameter(torch.randn(levels, width, size) * 0.02)
@@ -117,7 +118,7 @@ class PatternLM(nn.Module):
         """
         self._check(codes, pattern)
         x = self._read(self._edged(codes), pattern, slice(None))
-        places = torch.stack([pattern.step, pattern.at], -1)[None].to(codes.device)
+        places = pattern.places.to(codes.device)
         mask = additive(pattern.sees, x.dtype).to(codes.device)
         for layer in self.layers:
             x = layer(x, places, mask)
@@ -152,25 +153,26 @@ class PatternLM(nn.Module):
         made = torch.zeros(noise.shape[:3], dtype=torch.int64)
         self._check(made, pattern)
         edged = self._edged(made).to(device)
-        room = pattern.cached + pattern.levels
-        stores = [RowStore(room) for _ in self.layers]
+        noise = noise.to(device, self.head.dtype)
+        stores = [RowStore(pattern.cached + pattern.levels) for _ in self.layers]
+        # rows of a step see themselves and all that is kept, which stands before them
+        own = F.pad(torch.eye(pattern.levels, dtype=torch.bool), (pattern.cached, 0), value=True)
+        mask = additive(own, self.head.dtype).to(device)
         for step in pattern.plan:
-            logits = self._step(edged, pattern, step, stores)
-            best = (logits + noise[:, step.level, step.time].to(logits)).argmax(-1)
+            logits = self._step(edged, pattern, step, stores, mask)
+            best = (logits + noise[:, step.level, step.time]).argmax(-1)
             edged[:, step.level, step.time] = best
         return edged[..., :-1]
 
-    def _step(self, edged: Tensor, pattern: Pattern, step: Step, stores: list[RowStore]) -> Tensor:
-        """Logits [B, P, V] of the codes that a step writes."""
+    def _step(
+        self, edged: Tensor, pattern: Pattern, step: Step, stores: list[RowStore], full: Tensor
+    ) -> Tensor:
+        """Logits [B, P, V] of the codes that a step writes; ``full`` is a mask for most rows."""
         x = self._read(edged, pattern, step.rows)
-        rows, device = x.shape[1], x.device
-        places = torch.stack([pattern.step[step.rows], pattern.at[step.rows]], -1)
-        places = places[None].to(device)
-        mask = None
-        if rows > 1:  # rows of a step see themselves and all that is kept
-            own = torch.eye(rows, dtype=torch.bool, device=device)
-            seen = F.pad(own, (stores[0].used, 0), value=True)
-            mask = additive(seen, x.dtype)
+        rows = x.shape[1]
+        places = pattern.places[:, step.rows].to(x.device)
+        first = pattern.cached - stores[0].used
+        mask = full[:, :, :rows, first : pattern.cached + rows] if rows > 1 else None
         for layer, store in zip(self.layers, stores, strict=True):
             x = layer(x, places, mask, store)
             if step.keep is not None:
@@ -197,7 +199,7 @@ class PatternLM(nn.Module):
     def _read(self, edged: Tensor, pattern: Pattern, rows: slice) -> Tensor:
         """What rows read, [B, N, D]."""
         batch, device = len(edged), edged.device
-        times = torch.cat([pattern.before[rows], pattern.same[rows]], 1).to(device)  # [N, 2 K]
+        times = pattern.reads[rows].to(device)  # [N, 2 K]
         places = torch.arange(2 * self.levels, device=device)
         read = edged[:, places % self.levels, times] + places * (self.size + 1)
         kind = (pattern.kind[rows] + 2 * self.levels * (self.size + 1)).to(device)

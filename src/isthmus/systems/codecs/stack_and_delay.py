@@ -20,6 +20,7 @@ Lossless: no
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
@@ -53,6 +54,21 @@ class Settings:
     stride: int = 3
 
 
+@functools.lru_cache(maxsize=16)
+def _made(settings: Settings, levels: int, times: int) -> Pattern:
+    """A pattern, and with it the plan of its generation, is made once."""
+    if settings.order == "stack-delay":
+        d, stride = settings.delay, settings.stride
+        return code_patterns.streams(levels, times, delay=d, stride=stride)
+    makers: dict[str, Callable[[int, int], Pattern]] = {
+        "flat": code_patterns.flat,
+        "parallel": code_patterns.parallel,
+        "delay": code_patterns.delay,
+        "stack": code_patterns.stack,
+    }
+    return makers[settings.order](levels, times)
+
+
 class StackAndDelay:
     """Writes code matrices in an order.
 
@@ -79,16 +95,7 @@ class StackAndDelay:
 
     def pattern(self, levels: int, times: int) -> Pattern:
         """The order of a matrix [K, T]."""
-        if self.settings.order == "stack-delay":
-            d, stride = self.settings.delay, self.settings.stride
-            return code_patterns.streams(levels, times, delay=d, stride=stride)
-        makers: dict[str, Callable[[int, int], Pattern]] = {
-            "flat": code_patterns.flat,
-            "parallel": code_patterns.parallel,
-            "delay": code_patterns.delay,
-            "stack": code_patterns.stack,
-        }
-        return makers[self.settings.order](levels, times)
+        return _made(self.settings, levels, times)
 
     def write(self, model: PatternLM, clips: int, times: int, *, seed: int) -> Tensor:
         """Draw matrices from a model that was taught this order.
@@ -143,7 +150,7 @@ def _exact(levels: int, times: int) -> bool:
 def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
     """Matrices of a planted law: what each order costs in bits and in seconds."""
     small = scale != "test"
-    times, steps, clip = (48, 400, 150) if small else (8, 4, 8)
+    times, steps, clip = (48, 350, 150) if small else (8, 4, 8)
     law = LevelLaw(LEVELS, SIZE)
     train = law.draw(4000 if small else 40, times, seed=1)
     held = law.draw(200 if small else 4, times, seed=2)
