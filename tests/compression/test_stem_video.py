@@ -10,13 +10,14 @@ import torch
 from isthmus.codecs.base import pack, unpack
 from isthmus.codecs.container import RESET, Reader
 from isthmus.errors import BrokenFileError, DesyncError, InvalidInputError
+from isthmus.metrics.images import psnr
 from isthmus.roles import Signal
 from isthmus.signals.clips import ClipFile, Moving
 from isthmus.signals.video import save_video
 from isthmus.systems.compression.stem_video import Settings, StemVideo
 from isthmus.testing import check_codec
 from isthmus.testing.mutations import parts, samples_of, sealed
-from isthmus.training.clip_codec import CLIPS, GRID, PICTURES, pasts, psnr
+from isthmus.training.clip_codec import CLIPS, GRID, PICTURES, pasts
 from isthmus.training.data import Data, read
 from isthmus.training.system import train
 from isthmus.workbench import moving

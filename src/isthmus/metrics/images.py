@@ -17,6 +17,26 @@ MIDDLE = 128
 """Taken from all values, so that their squares fit into single precision."""
 
 
+def psnr(truth: torch.Tensor, other: torch.Tensor, peak: float = 255.0) -> torch.Tensor:
+    """Peak signal-to-noise ratio of each picture in dB, 100 for equal ones.
+
+    Args:
+        truth: [N, C, H, W].
+        other: Likewise.
+        peak: The largest value.
+
+    Returns:
+        float64 [N].
+
+    Example:
+        >>> x = torch.zeros(1, 1, 2, 2, dtype=torch.uint8)
+        >>> round(float(psnr(x, x + 1)), 2)  # 20 log10(255)
+        48.13
+    """
+    error = (truth.double() - other.double()).square().flatten(1).mean(1) / peak**2
+    return -10 * error.clamp(min=1e-10).log10()
+
+
 def scales_of(height: int, width: int) -> int:
     """Scales of MS-SSIM that a size has room for: five where the smaller side exceeds 160.
 

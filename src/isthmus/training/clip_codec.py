@@ -183,15 +183,3 @@ class ClipLearner:
         loss = self.told.trade * 255**2 * error + rate
         psnr = -10 * float(torch.tensor(max(error, 1e-10)).log10())
         return {"loss": loss, "bits_per_pixel": rate, "psnr_db": psnr}
-
-
-def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal to noise of uint8 pictures [T, C, H, W], in dB for each.
-
-    Example:
-        >>> x = torch.zeros(1, 1, 2, 2, dtype=torch.uint8)
-        >>> round(float(psnr(x, x + 1)), 2)
-        48.13
-    """
-    error = (a.double() - b.double()).square().flatten(1).mean(1).clamp(min=1e-10)
-    return 10 * torch.log10(255**2 / error)

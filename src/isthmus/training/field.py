@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from isthmus.errors import InvalidInputError
+from isthmus.metrics.images import psnr
 from isthmus.models.fields import (
     Blocks,
     ContentField,
@@ -135,7 +136,8 @@ class Learner:
 
     def validate(self) -> dict[str, float]:
         """PSNR of the pictures that are learnt, in dB."""
-        found = psnr(rendered(self.fit, self.shown), self.clip[self.shown])
+        made = rendered(self.fit, self.shown)
+        found = float(psnr(made, self.clip[self.shown], 1.0).mean())
         self.curve.append((float(self.steps), -found))
         return {"psnr_db": found}
 
@@ -185,11 +187,6 @@ def between(made: Fit, frames: Tensor) -> Tensor:
     around = made.inputs(frames - 1) + made.inputs(frames + 1)
     out: Tensor = made.field(around / 2)
     return out
-
-
-def psnr(a: Tensor, b: Tensor) -> float:
-    """Mean over pictures of 10 log10(1 / squared error), in dB."""
-    return float(-10 * (a - b).square().mean((1, 2, 3)).clamp(min=1e-10).log10().mean())
 
 
 def padded_size(height: int, width: int) -> tuple[int, int]:

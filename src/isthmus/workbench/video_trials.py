@@ -12,9 +12,10 @@ from isthmus.codecs import av_bridge
 from isthmus.codecs.base import TrainedCodec, pack, unpack
 from isthmus.codecs.peers import peers
 from isthmus.errors import BrokenFileError, DesyncError
+from isthmus.metrics.images import psnr
 from isthmus.roles import Signal
 from isthmus.testing.mutations import parts, sealed
-from isthmus.training.clip_codec import CLIPS, GRID, ClipCodec, Told, psnr
+from isthmus.training.clip_codec import CLIPS, GRID, ClipCodec, Told
 
 
 def signal(frames: Tensor) -> Signal:

@@ -36,6 +36,7 @@ from isthmus.codecs.weights import Quantised, quantise
 from isthmus.codecs.weights import pack as pack_weights
 from isthmus.codecs.weights import unpack as unpack_weights
 from isthmus.errors import BrokenFileError, InvalidInputError
+from isthmus.metrics.images import psnr
 from isthmus.models.fields import strides_for
 from isthmus.roles import Medium, Signal
 from isthmus.training.field import (
@@ -46,7 +47,6 @@ from isthmus.training.field import (
     fitted,
     padded,
     padded_size,
-    psnr,
     rendered,
 )
 from isthmus.workbench.curves import reached
@@ -242,7 +242,7 @@ def _h265(clip: Clip, most: int) -> tuple[float, int]:
             break
     shape: Any = tuple(planes[0].shape)
     back = av_bridge.decode(data, "h265", shape, layout="rgb")
-    return psnr(torch.stack(back, 1).float() / 255, clip.float() / 255), len(data)
+    return float(psnr(torch.stack(back, 1), clip).mean()), len(data)
 
 
 def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
@@ -250,7 +250,7 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
     small = scale != "test"
     clip = drifting() if small else drifting(6, 16, 24, digits=1)
     total, epochs = (105_000, 100) if small else (24_000, 4)
-    pixels, values = clip[:, 0].numel(), clip.float() / 255
+    pixels = clip[:, 0].numel()
     ours = Settings(rate_bpp=8 * total / pixels, epochs=epochs, learning_rate=RATE)
     if not small:
         ours = replace(ours, encoder=8, embedding=4)
@@ -264,10 +264,11 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
         out = io.BytesIO()
         pack(_Fitted(s, fit[arm]), Signal(info, [clip]), out)
         sent[arm] = out.getvalue()
-        exact[arm] = psnr(rendered(fit[arm], torch.arange(len(clip))), padded(clip))
-        back[arm] = psnr(_decoded(sent[arm]).float() / 255, values)
+        every = rendered(fit[arm], torch.arange(len(clip)))
+        exact[arm] = float(psnr(every, padded(clip), 1.0).mean())
+        back[arm] = float(psnr(_decoded(sent[arm]), clip).mean())
         half, _ = fitted(padded(clip), s, total, even)
-        unseen[arm] = psnr(between(half, odd), padded(clip)[odd])
+        unseen[arm] = float(psnr(between(half, odd), padded(clip)[odd], 1.0).mean())
     steps = curves["ours"][-1][0]
     share = reached(curves["ours"], curves["off"][-1][1])
     peer, peer_bytes = _h265(clip, len(sent["ours"]))
