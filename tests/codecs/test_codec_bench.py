@@ -46,6 +46,12 @@ def test_all_coders_in_one_run(files: Path, name: str) -> None:
         assert found.anchor == "JPEG" and found.bd.get("WEBP", 0) < 20
 
 
+@pytest.fixture(autouse=True)
+def _nothing_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bench lists trained codecs that lie at hand; which do is no matter of these tests."""
+    monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
+
+
 def test_films(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     av = pytest.importorskip("av")
     t, y, x = (np.arange(n) for n in (8, 48, 64))
