@@ -1,6 +1,7 @@
 """HNeRV: a file that is a network, decoded from itself alone."""
 
 import io
+import math
 from dataclasses import replace
 
 import pytest
@@ -13,12 +14,12 @@ from isthmus.codecs.weights import pack as pack_weights
 from isthmus.codecs.weights import quantise
 from isthmus.errors import BrokenFileError, InvalidInputError
 from isthmus.metrics.images import psnr
-from isthmus.models.fields import size
+from isthmus.models.fields import size, strides_for
 from isthmus.roles import Signal
 from isthmus.systems.compression import hnerv
 from isthmus.systems.compression.hnerv import Hnerv, Settings
 from isthmus.testing import check_codec
-from isthmus.training.field import Learner, between, field, fitted, padded, rendered
+from isthmus.training.field import Learner, between, field, fitted, padded, padded_size, rendered
 from isthmus.workbench.codec_bench import _ours
 from isthmus.workbench.drifting import drifting
 
@@ -86,6 +87,17 @@ def test_pictures_between_come_from_neighbours():
     learner = Learner(made, SMALL)
     seen = torch.cat([learner.batch(i) for i in range(4)])
     assert sorted(seen.tolist()) == list(range(8)), "each picture once an epoch"
+
+
+def test_any_size_is_padded_to_what_its_own_strides_divide():
+    for height in range(2, 70):
+        for width in (2, 5, 36, 67):
+            high, wide = padded_size(height, width)
+            scale = math.prod(strides_for(high, wide))
+            assert high >= height and wide >= width and not high % scale and not wide % scale
+    odd = drifting(2, 31, 36, digits=1)
+    data, _ = written(Hnerv(replace(SMALL, rate_bpp=400.0, epochs=1)), odd)
+    assert torch.cat(list(unpack(data).signal.chunks)).shape == odd.shape
 
 
 def test_bad_input_is_refused():

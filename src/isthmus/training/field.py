@@ -190,9 +190,15 @@ def between(made: Fit, frames: Tensor) -> Tensor:
 
 
 def padded_size(height: int, width: int) -> tuple[int, int]:
-    """Sides that the strides divide."""
+    """Sides that the strides of pictures of this size divide.
+
+    Example:
+        >>> padded_size(48, 64), padded_size(31, 36)  # 32 x 40 has a stride of 16 in all
+        ((48, 64), (32, 48))
+    """
     scale = math.prod(strides_for(height, width))
-    return height + -height % scale, width + -width % scale
+    size = height + -height % scale, width + -width % scale
+    return size if size == (height, width) else padded_size(*size)
 
 
 def padded(clip: Tensor) -> Tensor:
