@@ -11,8 +11,6 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -27,8 +25,8 @@ from isthmus.surgery import export
 from isthmus.surgery.base import Change, Cost, Plan, Report, fingerprint
 from isthmus.surgery.calibration import Calibration
 from isthmus.systems.surgery.optimal_brain_compression import OptimalBrainCompression as Surgeon
-from isthmus.workbench import dates, reference
-from isthmus.workbench.tokenizer import load_tokenizer
+from isthmus.workbench import dates
+from making import untaught_coder
 
 OBC = ["--method", "optimal-brain-compression", "--set", "fast=true"]
 FEW = ["--samples", "8", "--length", "32", "--repeats", "1"]
@@ -38,20 +36,7 @@ FEW = ["--samples", "8", "--length", "32", "--repeats", "1"]
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model of code that has learnt nothing."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=128,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    load_tokenizer(reference.EMBEDDED / "pycode-t").save_pretrained(folder)
-    return folder
+    return untaught_coder(folder, "bfloat16")
 
 
 @pytest.fixture(scope="module")

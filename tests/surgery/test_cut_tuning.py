@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 import isthmus
 from isthmus.cli.main import main
@@ -14,8 +14,7 @@ from isthmus.surgery import export, tuning
 from isthmus.surgery.base import Change, Cost, Report
 from isthmus.surgery.calibration import Calibration
 from isthmus.systems.surgery.optimal_brain_compression import OptimalBrainCompression as Surgeon
-from isthmus.workbench import reference
-from isthmus.workbench.tokenizer import load_tokenizer
+from making import untaught_coder
 
 FEW = ["--samples", "32", "--length", "32", "--repeats", "0", "--tune", "30", "--rate", "0.01"]
 
@@ -24,19 +23,7 @@ FEW = ["--samples", "32", "--length", "32", "--repeats", "0", "--tune", "30", "-
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model of code that has learnt nothing, and texts."""
     folder = tmp_path_factory.mktemp("tuned")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=128,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
-    load_tokenizer(reference.EMBEDDED / "pycode-t").save_pretrained(folder / "model")
+    untaught_coder(folder / "model")
     (folder / "texts").mkdir()
     for i in range(24):
         lines = [f"value_{i}_{j} = call_{(i * j) % 11}({i + j}, '{j * 7 % 13}')" for j in range(24)]

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -181,5 +182,5 @@ class ClipLearner:
             sums += torch.tensor([float(error) * pixels, float(bits.sum()), pixels])
         error, rate = (sums[:2] / sums[2]).tolist()
         loss = self.told.trade * 255**2 * error + rate
-        psnr = -10 * float(torch.tensor(max(error, 1e-10)).log10())
+        psnr = -10 * math.log10(max(error, 1e-10))
         return {"loss": loss, "bits_per_pixel": rate, "psnr_db": psnr}

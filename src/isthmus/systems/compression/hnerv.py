@@ -92,6 +92,9 @@ class Hnerv:
     Args:
         settings: See :class:`Settings`.
 
+    Attributes:
+        fits_each_file: It trains on what it codes, so that a bench leaves it out.
+
     Example:
         >>> still = torch.full((2, 3, 8, 8), 200, dtype=torch.uint8)
         >>> codec = Hnerv(Settings(rate_bpp=400, encoder=4, epochs=60, learning_rate=1e-2))
