@@ -53,8 +53,8 @@ def load(
     Args:
         source: Folder or hub id of a checkpoint of transformers, or the name of a reference model
             of :mod:`isthmus.workbench`; the embedded model when empty.
-        dtype: ``"auto"`` (what the device computes fastest; on a CPU, a model with a fast forward
-            keeps bfloat16 weights as they are and computes in float32), ``"float32"``,
+        dtype: ``"auto"`` (float32 on a CPU, where a model with a fast forward keeps bfloat16
+            weights as they are, and bfloat16 elsewhere), ``"float32"``,
             ``"bfloat16"``, ``"float16"`` or ``"float64"``; or ``"int8"``, which rounds the weights
             of a model with a fast forward: faster, smaller, and no longer quite the same model.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
