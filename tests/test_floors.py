@@ -15,7 +15,7 @@ from making import MakeSystem
 PACKAGE = Path(isthmus.__file__).parent
 
 FLOORS = [
-    ["signals", "nn", "roles", "registry", "errors", "folders", "settings"],
+    ["signals", "nn", "roles", "registry", "errors", "folders", "settings", "cluster"],
     ["models", "objectives", "metrics"],
     ["training", "decoding", "codecs", "indexes", "lenses", "surgery", "laws"],
     ["workbench", "claims", "testing"],

@@ -8,14 +8,19 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from isthmus.cli.output import console, print_json
+from isthmus.cli.output import console, print_error, print_json
+from isthmus.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from isthmus.workbench.coding_folders import Coded, Job
 
 Out = Annotated[Path, Parameter(name=["--out", "-o"])]
 Json = Annotated[bool, Parameter(negative="")]
+Engine = Literal["local", "ray"]
 
 
 def encode(
@@ -27,23 +32,39 @@ def encode(
     rate: float | None = None,
     quality: float | None = None,
     model: Path | None = None,
+    engine: Engine = "local",
+    workers: int = 0,
     json: Json = False,
 ) -> int:
-    """Make a file of sound, a picture or a film small: an .ist file.
+    """Make a file of sound, a picture or a film small: an .ist file. Or all files of a folder.
 
     Args:
-        given: wav, flac, ogg, mp3 ..., png, jpeg, webp ..., mp4, mkv, webm ...
-        out: The .ist file to write; an older one there is replaced at the end.
+        given: wav, flac, ogg, mp3 ..., png, jpeg, webp ..., mp4, mkv, webm ...; or a folder, of
+            which every such file is coded, also in the folders below.
+        out: The .ist file to write; an older one there is replaced at the end. Of a folder, the
+            folder for the .ist files; those that are there already are kept.
         codec: Name of a codec. Without it sound and pictures lose nothing, and films are coded
             as AV1, with loss; ffv1 codes films without. One that has to be trained is trained at
             the scale small the first time.
         rate: Wanted rate, of a codec that has a choice: kbit/s of sound and films, bits per pixel.
         quality: Wanted quality, 0 to 100, of a codec that has such a choice; AV1 takes 50.
         model: Folder of a trained codec, made by isthmus train.
+        engine: local, or ray: the files of a folder are spread over a Ray cluster, the one at
+            RAY_ADDRESS or one on this machine, whose machines see the same folders.
+        workers: Workers of that cluster; one for each core when 0.
         json: Print one JSON object and nothing else on standard output.
     """
     from isthmus.workbench.coding import encode as write
 
+    if given.is_dir():
+        from isthmus.workbench.coding_folders import encode_folder
+
+        with _progress("training", json) as (_, report):
+            job = encode_folder(
+                given, out, codec=codec, rate=rate, quality=quality, model=model, report=report
+            )
+        return _folder(job, out, "encoding", engine, workers, json)
+    _one_file(given, engine)
     with _progress("encoding", json) as (heard, report):
         sizes = write(
             given,
@@ -80,17 +101,28 @@ def decode(
     out: Out,
     model: Path | None = None,
     partial: Annotated[bool, Parameter(negative="")] = False,
+    engine: Engine = "local",
+    workers: int = 0,
     json: Json = False,
 ) -> int:
-    """Turn an .ist file into sound, a picture or a film.
+    """Turn an .ist file into sound, a picture or a film. Or all of a folder.
 
     Args:
-        given: The .ist file.
+        given: The .ist file, or a folder of them.
         out: The file to write, in the format of its suffix; an older one is replaced at the end.
+            Of a folder, the folder for what comes out; files that are there already are kept.
         model: Folder of the trained codec that wrote the file, if it is not known here.
         partial: Of a damaged file, write what comes before the damage.
+        engine: local, or ray: the files of a folder are spread over a Ray cluster.
+        workers: Workers of that cluster; one for each core when 0.
         json: Print one JSON object and nothing else on standard output.
     """
+    if given.is_dir():
+        from isthmus.workbench.coding_folders import decode_folder
+
+        job = decode_folder(given, out, model=model, partial=partial)
+        return _folder(job, out, "decoding", engine, workers, json)
+    _one_file(given, engine)
     from isthmus.signals.files import described
     from isthmus.workbench.coding import decode as write
 
@@ -165,6 +197,37 @@ def inspect(given: Path, /, *, json: Json = False) -> int:
         table.add_row(name, str(value))
     console().print(table)
     return 2 if found["damage"] else 0
+
+
+def _one_file(given: Path, engine: str) -> None:
+    if engine != "local":
+        raise InvalidInputError(f"{given} is one file; --engine {engine} spreads those of a folder")
+
+
+def _folder(job: Job, out: Path, what: str, engine: Engine, workers: int, json: bool) -> int:
+    """Code the files of a folder; 2 where some could not be."""
+    done: list[Coded] = []
+    with _progress(what, json) as (heard, _):
+        for one in job.run(engine, workers=workers):
+            done.append(one)
+            heard(len(done), len(job.left))
+    failed = sorted(one.error for one in done if one.error)
+    before, after = (sum(getattr(one, name) for one in done) for name in ("before", "after"))
+    if json:
+        files = [asdict(one) for one in sorted(done, key=lambda one: one.given)]
+        print_json({"out": str(out), "files": files, "kept": job.kept, "others": job.others})
+        return 2 if failed else 0
+    count = len(done) - len(failed)
+    share = f" ({after / before:.1%} of {before:,})" if before else ""
+    console().print(f"{out}: {count} file(s), {after:,} bytes{share}")
+    screen = console(stderr=True)
+    if job.kept:
+        screen.print(f"{job.kept} file(s) were there already and are kept")
+    if job.others:
+        screen.print(f"{job.others} file(s) of other kinds are left out")
+    for line in failed:
+        print_error(line)
+    return 2 if failed else 0
 
 
 @contextmanager

@@ -14,18 +14,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from isthmus import cluster
 from isthmus.decoding.generation import Generation
 from isthmus.decoding.model import Model, Prompt
-from isthmus.errors import BrokenFileError, InvalidInputError, MismatchError, require
+from isthmus.errors import BrokenFileError, InvalidInputError, MismatchError
 
 FIELDS = {"prompt": (str,), "id": (str, int), "max_new_tokens": (int,), "seed": (int,)}
 """Fields of an input line, and their kinds."""
@@ -129,20 +129,15 @@ def answers(
         yield lines[place].number, answer(lines[place], result)
 
 
-class _Worker:
-    """A process of a Ray cluster that holds a model."""
+def _answerer(make: Callable[[], Model], options: dict[str, Any]) -> cluster.Work:
+    """What a worker of a cluster does: its model is made here."""
+    model = make()
 
-    def __init__(self, make: Callable[[], Model], options: dict[str, Any]) -> None:
-        self.model, self.options = make(), options
+    def work(items: list[Any]) -> Iterator[Any]:
+        lines = [Line(number, name, Prompt(*prompt)) for number, name, prompt in items]
+        return answers(model, lines, **options)
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        """Answer the lines of one block, which travel as JSON."""
-        lines = [
-            Line(number, name, Prompt(*prompt))
-            for number, name, prompt in map(json.loads, batch["line"])
-        ]
-        found = list(answers(self.model, lines, **self.options))
-        return {"number": [n for n, _ in found], "answer": [json.dumps(row) for _, row in found]}
+    return work
 
 
 def answers_on_ray(
@@ -169,32 +164,10 @@ def answers_on_ray(
     Raises:
         MissingExtraError: Ray is not installed.
     """
-    ray = require("ray", "scale")
-    data = require("ray.data", "scale")
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False, logging_level="error")
-    resources = ray.cluster_resources()
-    gpus = int(resources.get("GPU", 0))
-    workers = workers or gpus or sum(node["Alive"] for node in ray.nodes())
-    data.DataContext.get_current().enable_progress_bars = False
-    block = min(SHARE * batch_size, math.ceil(len(lines) / workers))
-    items = [
-        {"line": json.dumps([line.number, line.id, list(vars(line.prompt).values())])}
-        for line in lines
-    ]
-    blocks = data.from_items(items, override_num_blocks=math.ceil(len(items) / block))
-    done = blocks.map_batches(
-        _Worker,
-        fn_constructor_args=(make, {"batch_size": batch_size, **options}),
-        batch_size=None,
-        compute=data.ActorPoolStrategy(size=workers),
-        num_cpus=max(1, int(resources.get("CPU", 1)) // workers),
-        num_gpus=min(1.0, gpus / workers) if gpus else 0,
-    )
-    for row in done.iter_rows():
-        yield int(row["number"]), json.loads(row["answer"])
+    items = [[line.number, line.id, list(vars(line.prompt).values())] for line in lines]
+    work = partial(_answerer, make, {"batch_size": batch_size, **options})
+    found = cluster.spread(work, items, block=SHARE * batch_size, workers=workers)
+    yield from map(tuple, found)
 
 
 class Journal:

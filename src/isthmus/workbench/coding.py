@@ -76,7 +76,7 @@ def encode(
     given, out = Path(given), Path(out)
     _apart(given, out)
     if isinstance(codec, str):
-        codec = _codec(codec or DEFAULTS[medium_of(given)], model, quality, report)
+        codec = ready(codec or DEFAULTS[medium_of(given)], model, quality, report)
     elif quality is not None:
         raise InvalidInputError("a codec at hand has its quality already")
     own: Callable[[Path], Signal] | None = getattr(codec, "open", None)
@@ -181,18 +181,24 @@ def inspect(given: str | Path) -> dict[str, Any]:
         }
 
 
-def _apart(given: Path, out: Path) -> None:
-    if out.exists() and given.exists() and out.samefile(given):
-        raise InvalidInputError(f"{out} is the file that is read; choose another name")
-
-
-def _codec(
+def ready(
     name: str,
-    model: str | Path | None,
-    quality: float | None,
-    report: Callable[[Progress], None] | None,
+    model: str | Path | None = None,
+    quality: float | None = None,
+    report: Callable[[Progress], None] | None = None,
 ) -> Codec:
-    """A codec that is ready to encode."""
+    """A codec that is ready to encode.
+
+    Args:
+        name: Its id, or the part behind the stroke.
+        model: Folder of a trained codec; one is trained at the scale small when there is none.
+        quality: Wanted quality, of a codec that has such a choice.
+        report: Called after every step of a training.
+
+    Raises:
+        UnknownNameError: No such codec.
+        InvalidInputError: It has no quality to choose, or is not trained.
+    """
     system: Any = lookup(name)
     choice = {} if quality is None else {"quality": quality}
     if choice and "quality" not in inspection.signature(system).parameters:
@@ -209,6 +215,11 @@ def _codec(
     found: Any = system.from_pretrained(model)
     codec: Codec = found
     return codec
+
+
+def _apart(given: Path, out: Path) -> None:
+    if out.exists() and given.exists() and out.samefile(given):
+        raise InvalidInputError(f"{out} is the file that is read; choose another name")
 
 
 def _countable(codec: Codec, signal: Signal, rate: float | None) -> bool:
