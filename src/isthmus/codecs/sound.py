@@ -70,7 +70,9 @@ def overlapped(pieces: Iterable[Tensor], margin: int) -> Iterator[Piece]:
     before = now = None
     for after in chain(pieces, [None]):
         if now is not None:
-            parts = [now] if before is None else [before[..., max(0, before.shape[-1] - margin) :], now]
+            parts = (
+                [now] if before is None else [before[..., max(0, before.shape[-1] - margin) :], now]
+            )
             left = sum(part.shape[-1] for part in parts[:-1])
             parts += [] if after is None else [after[..., :margin]]
             yield Piece(torch.cat(parts, -1), left, now.shape[-1])

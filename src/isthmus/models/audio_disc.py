@@ -161,8 +161,8 @@ class SeveralDiscriminators(nn.Module):
         *parts: Of [B, N] each.
 
     Example:
-        >>> net = SeveralDiscriminators(PeriodDiscriminator((2,), (2,)), ScaleDiscriminator(2, (2,)))
-        >>> len(net(torch.zeros(1, 64)))
+        >>> both = PeriodDiscriminator((2,), (2,)), ScaleDiscriminator(2, (2,))
+        >>> len(SeveralDiscriminators(*both)(torch.zeros(1, 64)))
         3
     """
 

@@ -35,7 +35,9 @@ _BRANCH = 0.5
 def _conv(inputs: int, outputs: int, kernel: int, dilation: int = 1) -> nn.Module:
     """A convolution of weights that are normalised, to as many places."""
     padding = (kernel - 1) // 2 * dilation
-    return weight_norm(nn.Conv1d(inputs, outputs, kernel, dilation=dilation, padding=padding))
+    conv = nn.Conv1d(inputs, outputs, kernel, dilation=dilation, padding=padding)
+    normalised: nn.Module = weight_norm(conv)
+    return normalised
 
 
 def _kernel(stride: int) -> tuple[int, int]:
@@ -97,7 +99,8 @@ class _Net(nn.Module):
         """From the sound on: a block at the rate before (inner) or after a change of it (outer)."""
         reach = 3.0
         for stride in strides:
-            reach = (reach + inner + _kernel(stride)[0]) / stride + outer
+            kernel, padding = _kernel(stride)
+            reach = (reach + inner + kernel - padding) / stride + outer
         return math.ceil(reach + last)
 
     def _blocks(self, kernels: Sequence[int], dilations: Sequence[int], widths: Any) -> Any:
@@ -185,7 +188,9 @@ class HiFiGANEncoder(_Net):
             self.downsampler.append(weight_norm(nn.Conv1d(a, b, kernel, stride, padding)))
         self.resblocks = self._blocks(kernels, dilations, wide[1:])
         self.norms = nn.ModuleList(
-            nn.GroupNorm(c // 16 if c % 16 == 0 else 1, c, eps=1e-6) for c in wide[1:] for _ in kernels
+            nn.GroupNorm(c // 16 if c % 16 == 0 else 1, c, eps=1e-6)
+            for c in wide[1:]
+            for _ in kernels
         )
         self.conv_post = _conv(wide[-1], dim, 3)
         self.reach = self._reach(strides, 0, _block_reach(kernels, dilations), 1)
@@ -218,7 +223,7 @@ def level(encoder: HiFiGANEncoder, decoder: HiFiGANGenerator, sounds: Tensor) ->
     Example:
         >>> nets = HiFiGANEncoder(8, 2, (4,), (3,), (1,)), HiFiGANGenerator(8, 2, (4,), (3,), (1,))
         >>> level(*nets, torch.randn(2, 1, 400))
-        >>> round(float(nets[0](torch.randn(2, 1, 4000)).std()), 1)
+        >>> nets[0](torch.randn(2, 1, 4000)).std().round(decimals=1).item()
         1.0
     """
     if not sounds.std() > 0:
@@ -265,7 +270,9 @@ def from_hub(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if part.split(".")[0] not in ("conv_pre", "upsampler", "resblocks", "conv_post"):
             raise MismatchError(f"{name} is no weight of a SpeechT5HifiGan")
         if kind == "weight":  # a length for each row, and directions
-            found[f"{part}.parametrizations.weight.original0"] = value.norm(dim=(1, 2), keepdim=True)
+            found[f"{part}.parametrizations.weight.original0"] = value.norm(
+                dim=(1, 2), keepdim=True
+            )
             found[f"{part}.parametrizations.weight.original1"] = value
         else:
             found[name] = value
