@@ -19,6 +19,7 @@ from isthmus.signals.audio import Recording
 from isthmus.systems.codecs.hificodec import Hificodec, Settings
 from isthmus.training.data import Data, Spoken
 from isthmus.workbench import sound_trials as trials
+from isthmus.workbench.codec_bench import _own_first
 
 SETTINGS = Hificodec.scales["test"].settings
 
@@ -169,4 +170,11 @@ def test_trials_of_codebooks(codec: Hificodec) -> None:
     share = torch.bincount(codes[2]) / codes.shape[1]
     entropy = -(share * share.clamp(min=1e-9).log()).sum()
     assert found["perplexity"][2] == pytest.approx(float(entropy.exp()), rel=1e-4)
+    assert sum(found["energy"]) == pytest.approx(1) and len(found["energy"]) == SETTINGS.dim
     assert trials.largest_share([0.6, 0.2]) == pytest.approx(0.75)
+
+
+def test_a_bench_takes_the_model_with_its_idea_on() -> None:
+    small = Hificodec.scales["small"].settings
+    found = _own_first([made(replace(SETTINGS, groups=1)), Hificodec(small), made()])
+    assert found[0].settings == small

@@ -76,11 +76,13 @@ def codebooks(module: AudioCodec, sounds: Sequence[Tensor], hop: int) -> dict[st
 
     Returns:
         ``perplexity``, ``used`` and ``explained``, as :class:`~isthmus.nn.quantize.Quantized` has
-        them.
+        them, and ``energy``: each channel's share of the variance, [D].
     """
     padded = (F.pad(x, (0, -len(x) % hop))[None, None] for x in sounds)
-    found = module.quantizer(torch.cat([module.encoder(x) for x in padded], -1))
-    return {name: value.tolist() for name, value in found.stats.items()}
+    z = torch.cat([module.encoder(x) for x in padded], -1)
+    energy = z[0].var(1, unbiased=False)
+    found = module.quantizer(z).stats | {"energy": energy / energy.sum()}
+    return {name: value.tolist() for name, value in found.items()}
 
 
 def largest_share(explained: Sequence[float]) -> float:
