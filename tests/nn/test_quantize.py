@@ -249,3 +249,15 @@ def test_bad_input_is_refused() -> None:
         LatentQuantize([3, 3])(sound(1, 3, 2))
     with pytest.raises(InvalidInputError, match="codes"):
         VQ(4, 1)
+
+
+def test_codes_learnt_by_gradient_may_begin_as_k_means() -> None:
+    """Two far heaps of vectors: their means, from the first batch on."""
+    torch.manual_seed(0)
+    z = torch.tensor([[[5.0, 5.2, -3.0, -3.4]]])
+    vq = VQ(1, 2, learn="grad", kmeans_init=True).train()
+    assert not vq.ready
+    vq(z)
+    assert vq.ready and sorted(vq.embed.flatten().tolist()) == pytest.approx([-3.2, 5.1])
+    assert vq.embed.requires_grad
+    assert bool(VQ(1, 2, learn="grad").ready) and not bool(VQ(1, 2).ready)

@@ -152,3 +152,24 @@ class ScaleDiscriminator(nn.Module):
             found.append(stack(h))
             h = F.avg_pool1d(h, 4, 2, 1)
         return found
+
+
+class SeveralDiscriminators(nn.Module):
+    """Discriminators side by side; their scales follow each other.
+
+    Args:
+        *parts: Of [B, N] each.
+
+    Example:
+        >>> both = PeriodDiscriminator((2,), (2,)), ScaleDiscriminator(2, (2,))
+        >>> len(SeveralDiscriminators(*both)(torch.zeros(1, 64)))
+        3
+    """
+
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: Tensor) -> Judged:
+        """Judge sounds [B, N]."""
+        return [scale for part in self.parts for scale in part(x)]

@@ -384,7 +384,8 @@ def folded(net: nn.Module) -> Any:
             assert isinstance(part, nn.Conv1d | nn.ConvTranspose1d)
             kind = nn.Conv1d if isinstance(part, nn.Conv1d) else nn.ConvTranspose1d
             sizes = (part.in_channels, part.out_channels, part.kernel_size, part.stride)
-            conv: Any = kind(*sizes, dilation=part.dilation)  # type: ignore[arg-type]
+            how: Any = {"dilation": part.dilation, "padding": part.padding, "groups": part.groups}
+            conv: Any = kind(*sizes, **how)  # type: ignore[arg-type]
             conv.weight, conv.bias = (
                 nn.Parameter(part.weight.detach().clone()),
                 copy.deepcopy(part.bias),

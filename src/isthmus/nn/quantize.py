@@ -107,7 +107,8 @@ class VQ(nn.Module):
         code_dim: Width of the codes, between two projections; D without them when None.
         decay: g.
         eps: Smoothing of the counts.
-        kmeans_init: Whether codes begin as the k-means of the first batch.
+        kmeans_init: Whether codes begin as the k-means of the first batch, else evenly within
+            1 / K of 0; None is k-means for averages, and not for gradients.
         kmeans_iters: Rounds of it.
         dead_below: A code whose moving count falls below this starts anew at a vector of the
             batch; 0 never.
@@ -137,7 +138,7 @@ class VQ(nn.Module):
         *,
         decay: float = 0.99,
         eps: float = 1e-5,
-        kmeans_init: bool = True,
+        kmeans_init: bool | None = None,
         kmeans_iters: int = 50,
         dead_below: float = 2.0,
         learn: Literal["ema", "grad"] = "ema",
@@ -166,7 +167,8 @@ class VQ(nn.Module):
             self.register_buffer("embed", embed)
             self.register_buffer("count", torch.ones(size))
             self.register_buffer("total", embed.clone())
-        self.register_buffer("ready", torch.tensor(not (kmeans_init and learn == "ema")))
+        kmeans = learn == "ema" if kmeans_init is None else kmeans_init
+        self.register_buffer("ready", torch.tensor(not kmeans))
 
     def forward(self, z: Tensor) -> Quantized:
         """See :class:`Quantized`."""
@@ -229,9 +231,11 @@ class VQ(nn.Module):
             n, m = self._sums(x, self._nearest(x))
             centres = torch.where(n[:, None] > 0, m / n.clamp(min=1)[:, None], centres)
         self.embed.copy_(centres)
+        self.ready.fill_(True)
+        if self.learn == "grad":
+            return
         n, _ = self._sums(x, self._nearest(x))
         self._restart(torch.ones_like(n, dtype=torch.bool), centres, n.clamp(min=1.0))
-        self.ready.fill_(True)
 
     def _sums(self, x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         """How many vectors each code has, and their sum, over all processes."""

@@ -13,7 +13,7 @@ import contextlib
 import io
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -165,12 +165,17 @@ def _ours(medium: str, model: str | Path | None) -> list[Peer]:
         if system.medium != medium or getattr(system, "fits_each_file", False):
             continue  # minutes a second of film are no comparison for a bench
         trained = issubclass(system, TrainedCodec)
-        ready = [*known(system)][:1] if trained else [system()]
+        ready = _own_first(known(system))[:1] if trained else [system()]
         if trained and model is not None:
             with contextlib.suppress(IsthmusError):  # the folder is another system's
                 ready = [system.from_pretrained(model)]
         found += [_as_peer(codec) for codec in ready]
     return found
+
+
+def _own_first(codecs: Iterable[Any]) -> list[Any]:
+    """Models of the scale small before others, which may be a claim's with its idea off."""
+    return sorted(codecs, key=lambda codec: codec.settings != codec.scales["small"].settings)
 
 
 def _as_peer(codec: Any) -> Peer:

@@ -66,6 +66,36 @@ def whole(module: AudioCodec, sound: Tensor, hop: int) -> Tensor:
 
 
 @torch.no_grad()
+def codebooks(module: AudioCodec, sounds: Sequence[Tensor], hop: int) -> dict[str, list[float]]:
+    """Statistics of each codebook over the vectors of all sounds together.
+
+    Args:
+        module: The codec.
+        sounds: [N] each.
+        hop: Samples of a frame.
+
+    Returns:
+        ``perplexity``, ``used`` and ``explained``, as :class:`~isthmus.nn.quantize.Quantized` has
+        them, and ``energy``: each channel's share of the variance, [D].
+    """
+    padded = (F.pad(x, (0, -len(x) % hop))[None, None] for x in sounds)
+    z = torch.cat([module.encoder(x) for x in padded], -1)
+    energy = z[0].var(1, unbiased=False)
+    found = module.quantizer(z).stats | {"energy": energy / energy.sum()}
+    return {name: value.tolist() for name, value in found.items()}
+
+
+def largest_share(explained: Sequence[float]) -> float:
+    """The part that the most important codebook has in all that codebooks explain.
+
+    Example:
+        >>> largest_share([0.25, 0.5, 0.25])
+        0.5
+    """
+    return max(explained) / max(sum(explained), 1e-12)
+
+
+@torch.no_grad()
 def streamed(module: AudioCodec, sound: Tensor, hop: int) -> tuple[float, float, float]:
     """A sound frame by frame, and as a whole.
 
@@ -169,6 +199,15 @@ def peers(sounds: Sequence[Tensor]) -> dict[str, tuple[float, list[Tensor]]]:
     return found
 
 
+def compared(back: Sequence[Tensor], sounds: Sequence[Tensor]) -> dict[str, float]:
+    """How decoded sounds compare with what was coded: ``mel_db`` and ``stoi``."""
+    pairs = list(zip(back, sounds, strict=True))
+    return {
+        "mel_db": sum(log_mel_distance(a, b) for a, b in pairs) / len(pairs),
+        "stoi": stoi(back, sounds).mean,
+    }
+
+
 def listen(
     listener: Recogniser, back: Sequence[Tensor], sounds: Sequence[Tensor], texts: Sequence[str]
 ) -> dict[str, float]:
@@ -187,9 +226,7 @@ def listen(
     heard = [listener.transcribe([x])[0] for x in back[: len(texts)]]
     read_out = [listener.letters.decode(t.tokens) for t in heard]
     sdr = [si_sdr(*aligned(a, b)[:2]) for a, b in pairs]
-    return {
-        "mel_db": sum(log_mel_distance(a, b) for a, b in pairs) / len(pairs),
-        "stoi": stoi([a for a, _ in pairs], [b for _, b in pairs]).mean,
+    return compared(back, sounds) | {
         "cer": character_error_rate(texts, read_out).rate,
         "si_sdr_db": float(torch.stack(sdr).mean()),
     }
