@@ -33,8 +33,6 @@ from isthmus.codecs.container import Frame, Header, leb, unleb
 from isthmus.codecs.fixed import bits_of, pack_codes, unpack_codes
 from isthmus.codecs.laws import packets
 from isthmus.errors import BrokenFileError, InvalidInputError
-from isthmus.metrics.sound import mel_cepstral_distance
-from isthmus.metrics.speech import character_error_rate, stoi
 from isthmus.models.mel_codec import FACTOR, LEVELS, Form
 from isthmus.roles import Medium, Signal
 from isthmus.signals.audio import fit, read
@@ -47,6 +45,7 @@ from isthmus.workbench import sound_trials as trials
 from isthmus.workbench import voices
 from isthmus.workbench.recogniser import Recogniser
 from isthmus.workbench.trained import trained
+from isthmus.workbench.voice_trials import Panel, Sent, inside
 
 _ADAM = Plan(1, betas=(0.8, 0.99), learning_rate=2e-4)
 
@@ -193,9 +192,7 @@ class SingleCodec(TrainedCodec):
             )
         self.bits, self.spectrum = bits_of(s.size), MelSpectrum(s.rate_hz, s.hop, s.mels)
         names = ("mels", "width", "dim", "g_dim", "blocks", "heads", "blstm", "hybrid")
-        form = Form(
-            **{name: getattr(s, name) for name in (*names, "resampling", "dropout")}, kernel=5
-        )
+        form = Form(**{k: getattr(s, k) for k in (*names, "resampling", "dropout")})
         how: Any = {"decay": s.decay, "dead_below": s.dead_below, "disc_width": s.disc_width}
         self.module: MelCodec = MelCodec(form, s.size, **how)
 
@@ -214,8 +211,6 @@ class SingleCodec(TrainedCodec):
     def read_files(cls, settings: Settings, folder: Path) -> Self:
         """A codec with the weights of a folder."""
         return cls(settings).load_weights(folder)
-
-    # coding -----------------------------------------------------------------------------------
 
     def decode_config(self) -> dict[str, Any]:
         """What a decoder is built from."""
@@ -304,8 +299,12 @@ class SingleCodec(TrainedCodec):
             wave = self.spectrum.sound(self.module.spectra(g, codes))
             yield wave[:, :count].clamp(-1.0, 1.0)
 
+    def sent(self, sound: Tensor) -> Sent:
+        """What is sent of a short sound [N]."""
+        mel = self.mel(sound[None])
+        numbers = self.module.numbers(mel[..., : self.settings.heard])
+        return Sent(mel, numbers, self.module.codes(mel, numbers))
 
-# claim ------------------------------------------------------------------------------------------
 
 ARMS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -316,128 +315,71 @@ ARMS: dict[str, dict[str, Any]] = {
 """What each arm of the claim changes."""
 
 
-def spectra(codec: SingleCodec, sounds: Iterable[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """For sounds [N]: their spectra [1, M, F], what is sent of g, and their codes."""
-    found = []
-    for sound in sounds:
-        mel = codec.mel(sound[None])
-        numbers = codec.module.numbers(mel[..., : codec.settings.heard])
-        found.append((mel, numbers, codec.module.codes(mel, numbers)))
-    return found
-
-
-def inside(numbers: Tensor, each: int) -> float:
-    """Share of the variance of g that lies within voices, of numbers [V each, G] in their order.
-
-    Example:
-        >>> inside(torch.tensor([[0.0], [2.0], [9.0], [11.0]]), 2)  # 1 of 1 + 4.5^2
-        0.047...
-    """
-    g = numbers.double()
-    own = g.view(-1, each, g.shape[1])
-    within = (own - own.mean(1, keepdim=True)).square().mean()
-    return float(within / (g - g.mean(0)).square().mean().clamp(min=1e-12))
-
-
 def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
     """Code held-out sentences of eight voices, and give them each other's global vector."""
     del ruler
-    size = "test" if scale == "test" else "small"
-    told, few = SingleCodec.scales[size], size == "test"
-    each = 2 if few else 6
-    codecs = {
-        name: SingleCodec.from_pretrained(
-            trained(SingleCodec, size, settings=replace(told.settings, **changed))
-        )
-        for name, changed in ARMS.items()
-    }
-    codec = codecs["full"]
-    s, spectrum = codec.settings, codec.spectrum
-    listener = Recogniser.from_pretrained(trained(Recogniser, size))
-    learnt = voices.said("train", 4 if few else 100)
-    told_by = [[u.samples for u in own] for own in learnt]
-    teller = voices.judge(spectrum, told_by, steps=10 if few else 200)
-    held = [u for own in voices.said("held-out", each, seed=2) for u in own]
-    sounds, texts = [u.samples for u in held], [u.line.target for u in held]
-    whose = torch.arange(len(voices.VOICES)).repeat_interleave(each)
-    seconds = sum(map(len, sounds)) / s.rate_hz
-
-    def misread(waves: Iterable[Tensor], meant: list[str]) -> float:
-        heard = [listener.transcribe([x])[0] for x in waves]
-        read_out = [listener.letters.decode(t.tokens) for t in heard]
-        return character_error_rate(meant, read_out).rate
-
-    def scored(mels: Iterable[Tensor]) -> Tensor:
-        return torch.cat([teller(mel) for mel in mels])
-
-    results: dict[str, dict[str, float]] = {}
-    for name, arm in codecs.items():
-        sent = spectra(arm, sounds)
-        back = [arm.module.spectra(g, codes) for _, g, codes in sent]
-        payload, waves = trials.coded(arm, sounds)
-        pairs = [(mel, y) for (mel, _, _), y in zip(sent, back, strict=True)]
-        apart = [mel_cepstral_distance(*map(spectrum.natural, (y[0], m[0]))) for m, y in pairs]
-        used = torch.cat([codes.flatten() for _, _, codes in sent])
-        results[name] = {
-            "mcd_db": sum(apart) / len(apart),
-            "cer": misread(waves, texts),
-            "stoi": stoi(waves, sounds).mean,
-            "kbps": payload * 8 / seconds / 1000,
-            "used": len(used.unique()) / s.size,
-            "voice": float((scored(back).argmax(1) == whose).float().mean()),
-        }
-    # a sentence of every voice with the g of every other voice, another sentence's
-    sent = spectra(codec, sounds)
-    swaps = [
-        (a * each + (a + b) % each, b * each + (a + b + 1) % each)
-        for a, b in itertools.permutations(range(len(voices.VOICES)), 2)
-    ]
-    moved = [codec.module.spectra(sent[j][1], sent[i][2]) for i, j in swaps]
-    kept = [codec.module.spectra(sent[i][1], sent[i][2]) for i, _ in swaps]
-    score, target = scored(moved), torch.stack([whose[j] for _, j in swaps])
-    source = torch.stack([whose[i] for i, _ in swaps])
-    taken = float((score.argmax(1) == target).float().mean())
-    row = torch.arange(len(swaps))
-    nearer = float((score[row, target] > score[row, source]).float().mean())
-    meant = [texts[i] for i, _ in swaps]
-    before, after = (misread([spectrum.sound(y)[0] for y in ys], meant) for ys in (kept, moved))
-    worse = after / max(before, 1e-9) - 1
-    vocoded = [
-        spectrum.sound(mel)[0, : len(x)] for (mel, _, _), x in zip(sent, sounds, strict=True)
-    ]
+    size, few = ("test", True) if scale == "test" else ("small", False)
+    told = SingleCodec.scales[size]
+    codecs = {}
+    for name, changed in ARMS.items():
+        folder = trained(SingleCodec, size, settings=replace(told.settings, **changed))
+        codecs[name] = SingleCodec.from_pretrained(folder)
+    s, spectrum = codecs["full"].settings, codecs["full"].spectrum
+    learnt = [[u.samples for u in own] for own in voices.said("train", 4 if few else 100)]
+    panel = Panel(
+        Recogniser.from_pretrained(trained(Recogniser, size)),
+        voices.judge(spectrum, learnt, steps=10 if few else 200),
+        spectrum,
+        voices.said("held-out", 2 if few else 6, seed=2),
+    )
+    seconds = sum(map(len, panel.sounds)) / s.rate_hz
+    sent = {name: [codec.sent(x) for x in panel.sounds] for name, codec in codecs.items()}
+    results = {}
+    for name, codec in codecs.items():
+        payload, back = trials.coded(codec, panel.sounds)
+        results[name] = panel.quality(codec.module, sent[name], back)
+        results[name]["kbps"] = payload * 8 / seconds / 1000
+    swapped, still = (
+        panel.swapped(codecs[name].module, sent[name]) for name in ("full", "no global vector")
+    )
+    ceiling = panel.ceiling([x.mel for x in sent["full"]])
     full, off = results["full"], results["no global vector"]
-    ratio = full["mcd_db"] / off["mcd_db"]
-    g_share = inside(torch.cat([numbers for _, numbers, _ in sent]), each)
-    true_voice = float((scored([mel for mel, _, _ in sent]).argmax(1) == whose).float().mean())
+    ratio, worse = full["mcd_db"] / off["mcd_db"], swapped["other"] / max(1e-6, swapped["own"]) - 1
+    g_share = inside(torch.cat([x.numbers for x in sent["full"]]), panel.each)
 
-    def line(metric: str, key: str, unit: str, ceiling: float | None = None) -> Row:
+    def row(metric: str, key: str, unit: str = "") -> Row:
         rest = ", ".join(f"{name} {results[name][key]:.3g}" for name in list(ARMS)[2:])
-        base = results["no global vector"][key]
-        return Row(metric, unit, base, full[key], base, ceiling, note=rest)
+        return Row(metric, unit, off[key], full[key], off[key], ceiling.get(key), note=rest)
+
+    def moved(metric: str, key: str, base: float) -> Row:
+        return Row(f"swapped g: {metric}", "", base, swapped[key], still[key])
 
     gates = (
         Gate("mel-cepstral distance, full / no global vector", ratio, "<=", 0.95),
-        Gate("swapped g: told as the target's voice", taken, ">=", 0.80),
+        Gate("swapped g: told as the target's voice", swapped["told"], ">=", 0.80),
         Gate("swapped g: rise of misheard characters", worse, "<", 0.20),
     )
-    direction = (Gate("distance", ratio, "<", 1.0), Gate("nearer to the target", nearer, ">", 0.5))
+    direction = (
+        Gate("mel-cepstral distance", ratio, "<", 1.0),
+        Gate("nearer to the target", swapped["nearer"], ">", 0.5),
+    )
     return Claim(
         slug="single-codec",
         statement="At equal bits a second in codes, a codec with a global vector is 5 % nearer in "
         "mel-cepstral distance than one without; the vector of another voice brings that voice in "
         "80 % of pairs, while misheard characters rise by less than a fifth.",
         paper_figure="304 bit/s in one codebook beat codecs of higher rates in STOI, MCD and "
-        "similarity of speakers; without g MCD and STOI are worse (tables 1 and 2)",
+        "likeness of speakers (table 1)",
         rows=(
-            line("mel-cepstral distance", "mcd_db", "dB", 0.0),
-            line("misheard characters", "cer", "", misread(vocoded, texts)),
-            line("STOI", "stoi", "", stoi(vocoded, sounds).mean),
-            line("voices told right", "voice", "", true_voice),
-            line("codes that are used", "used", ""),
-            line("payload, g and lengths included", "kbps", "kbit/s"),
-            Row("swapped g: told as the target's voice", "", 1 / len(told_by), taken, 0.0),
-            Row("swapped g: nearer to target than source", "", 0.5, nearer, 0.0),
-            Row("misheard characters with own and swapped g", "", before, after, None),
+            row("mel-cepstral distance", "mcd_db", "dB"),
+            row("misheard characters", "cer"),
+            row("STOI", "stoi"),
+            row("voices told right", "voice"),
+            row("different codes", "codes"),
+            row("payload, g and lengths included", "kbps", "kbit/s"),
+            moved("told as the target's voice", "told", 1 / panel.count),
+            moved("nearer to target than to source", "nearer", 0.5),
+            moved("misheard characters", "other", swapped["own"]),
             Row("share of g's variance within a voice", "", 1.0, g_share, None),
         ),
         scale=scale,
@@ -448,10 +390,10 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
         notes=(
             f"codes take {s.bits_s:.0f} bit/s in every arm; g takes {s.g_bits} bits once, as many "
             f"as {s.g_bits / s.bits_s:.1f} s of codes; the arm without spends none on it",
-            f"{len(sounds)} held-out sentences of eight espeak-ng voices, {seconds:.0f} s; distance "
-            "is of decoded mel spectra, before phases; the recogniser hears Griffin-Lim sound and "
-            "writes characters, which stand for the card's phones",
-            f"{len(swaps)} ordered pairs of voices; the judge of voices heard true sound only; "
-            "ceilings: the spectrum as it was, through the same phases",
+            f"{len(panel.sounds)} held-out sentences of eight voices, {seconds:.0f} s; distance is "
+            "of spectra, before phases; the recogniser hears the sound and writes characters, "
+            "which stand for phones; base of misheard characters under swapped g: their own g",
+            "the judge of voices learnt from true sound only; ceilings are the true spectra, "
+            "through the same phases",
         ),
     )
