@@ -167,6 +167,20 @@ def elsewhere(length: int, at: int, window: int, most: int, draws: tuple[float, 
     return slice(start, start + taken)
 
 
+def played(sound: Tensor, samples: int) -> Tensor:
+    """A sound [N] played so fast or slow that it has other samples, [samples].
+
+    Pitch and resonances move together, as those of another speaker's throat do.
+
+    Example:
+        >>> played(torch.tensor([0.0, 2.0, 4.0, 6.0]), 2)
+        tensor([1., 5.])
+    """
+    if samples == len(sound):
+        return sound
+    return F.interpolate(sound[None, None], samples, mode="linear")[0, 0]
+
+
 class MelSettings(Protocol):
     """What the learner asks of a system's settings."""
 
@@ -180,6 +194,8 @@ class MelSettings(Protocol):
     def quantized_from(self) -> float: ...  # noqa: D102
     @property
     def judged_from(self) -> float: ...  # noqa: D102
+    @property
+    def bend(self) -> float: ...  # noqa: D102
 
 
 class Batch(NamedTuple):
@@ -200,7 +216,8 @@ class MelCodecLearner:
         spectrum: Of the sounds.
         settings: ``batch_size``, ``window`` and ``heard`` (frames of windows and, at most, of
             references), ``quantized_from`` and ``judged_from`` (shares of the training after which
-            codes and the adversary count).
+            codes and the adversary count) and ``bend`` (recordings are played up to so many times
+            faster or slower, each as if by a voice of its own).
         data: Sounds, each of one voice.
         plan: The training.
         says: Plain data that decides what is learnt.
@@ -228,16 +245,17 @@ class MelCodecLearner:
         s, hop = self.settings, self.spectrum.hop
         draw = torch.Generator().manual_seed(self.plan.seed << 32 | part)
         rows = torch.randint(len(self.train), (s.batch_size,), generator=draw).tolist()
-        draws = torch.rand(s.batch_size, 3, generator=draw).tolist()
+        draws = torch.rand(s.batch_size, 4, generator=draw).tolist()
         gains = 10 ** (torch.empty(s.batch_size).uniform_(-6, 0, generator=draw) / 20)
         window, cuts, others = s.window * hop, [], []
-        for row, (where, *side), gain in zip(rows, draws, gains, strict=True):
-            sound = self.train[row].sound.at(self.spectrum.rate)
-            sound = F.pad(sound, (0, max(0, window - len(sound))))
-            at = int(where * (len(sound) - window + 1))
-            cuts.append(sound[at : at + window] * gain)
-            away = elsewhere(len(sound), at, window, s.heard * hop, (side[0], side[1]))
-            others.append(sound[away] * gain)
+        for row, (where, side, place, turn), gain in zip(rows, draws, gains, strict=True):
+            sound, speed = self.train[row].sound.at(self.spectrum.rate), s.bend ** (2 * turn - 1)
+            taken, most = round(window * speed), int(s.heard * hop * speed)
+            sound = F.pad(sound, (0, max(0, taken - len(sound)))) * gain
+            at = int(where * (len(sound) - taken + 1))
+            away = elsewhere(len(sound), at, taken, most, (side, place))
+            cuts.append(played(sound[at : at + taken], window))
+            others.append(played(sound[away], max(1, int((away.stop - away.start) / speed))))
         frames = torch.tensor([-(-len(x) // hop) for x in others])
         longest = int(frames.max()) * hop
         padded = torch.stack([F.pad(x, (0, longest - len(x))) for x in others])

@@ -62,7 +62,7 @@ def data(each: int = 100, held_out: int = 2, joined: int = 4) -> Data[Spoken]:
     """
     pause, learn = torch.zeros(RATE // 8), []
     for own in said("train", each):
-        for start in range(0, each, joined):
+        for start in range(0, len(own), joined):
             part = own[start : start + joined]
             sound = torch.cat([x for u in part for x in (u.samples, pause)])
             text = " ".join(u.line.target for u in part)

@@ -69,6 +69,7 @@ class Settings:
         resampling: Whether there are resampling blocks (section 2.5).
         heard: Frames that the reference encoder hears at most (section 2.2).
         packet: Frames in a frame of the file, no fewer than ``heard``.
+        rounds: Of Griffin and Lim's projections.
         dropout: Of the conformer.
         decay: Of the codebook's averages.
         dead_below: See :class:`~isthmus.nn.quantize.VQ`; small batches need less.
@@ -77,6 +78,7 @@ class Settings:
         judged_from: Share of the training after which the adversary counts.
         batch_size: Windows of a batch.
         window: Their frames.
+        bend: Recordings are played up to so many times faster or slower, as if by more voices.
     """
 
     rate_hz: int = 24_000
@@ -93,6 +95,7 @@ class Settings:
     resampling: bool = True
     heard: int = 600
     packet: int = 600
+    rounds: int = 32
     dropout: float = 0.1
     decay: float = 0.99
     dead_below: float = 2.0
@@ -101,6 +104,7 @@ class Settings:
     judged_from: float = 0.1
     batch_size: int = 64
     window: int = 240
+    bend: float = 1.0
 
     @property
     def codes_hz(self) -> float:
@@ -146,6 +150,7 @@ class SingleCodec(TrainedCodec):
                 size=16,
                 heard=40,
                 packet=40,
+                rounds=2,
                 disc_width=2,
                 judged_from=0.5,
                 batch_size=2,
@@ -168,9 +173,9 @@ class SingleCodec(TrainedCodec):
                 decay=0.95,
                 dead_below=0.1,
                 disc_width=0,
-                quantized_from=0.15,
                 batch_size=16,
                 window=128,
+                bend=1.3,
             ),
             replace(_ADAM, steps=800, learning_rate=2e-3, warmup_steps=40, validate_every=800),
             "workbench:speech-voices",
@@ -216,7 +221,7 @@ class SingleCodec(TrainedCodec):
         """What a decoder is built from."""
         told = asdict(self.settings)
         names = ("rate_hz", "hop", "mels", "width", "dim", "g_dim", "blocks", "size", "packet")
-        return {name: told[name] for name in (*names, "blstm", "hybrid", "resampling")}
+        return {name: told[name] for name in (*names, "rounds", "blstm", "hybrid", "resampling")}
 
     def decode_tensors(self) -> Mapping[str, Tensor]:
         """Decoder and codebook: both encoders may learn anew."""
@@ -296,7 +301,7 @@ class SingleCodec(TrainedCodec):
             codes = unpack_codes(frame.payload[at:], channels * each, self.bits)
             codes = codes.view(channels, each)
             frame.verify(codes)
-            wave = self.spectrum.sound(self.module.spectra(g, codes))
+            wave = self.spectrum.sound(self.module.spectra(g, codes), rounds=s.rounds)
             yield wave[:, :count].clamp(-1.0, 1.0)
 
     def sent(self, sound: Tensor) -> Sent:
