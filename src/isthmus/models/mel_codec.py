@@ -233,7 +233,7 @@ class MelEncoder(nn.Module):
         _check(form)
         width, self.dropout = form.width, form.dropout
         self.enter = nn.Conv1d(form.mels, width, form.kernel, padding=form.kernel // 2)
-        self.local = Local(width, form.kernel)
+        self.local = Local(width, form.kernel, form.g_dim)
         self.resampled = (
             Resampled(width, form.kernel, hybrid=form.hybrid) if form.resampling else None
         )
@@ -253,7 +253,7 @@ class MelEncoder(nn.Module):
             mel: Spectra, F a multiple of 4.
             g: What is taken away, [B, G].
         """
-        x = self.local(self.enter(mel))
+        x = self.local(self.enter(mel), g)
         if self.resampled is not None:
             x = self.resampled(x)
         x = self.down(x)

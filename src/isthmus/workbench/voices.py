@@ -96,8 +96,8 @@ def judge(
     spectrum: MelSpectrum,
     sounds: Sequence[Sequence[Tensor]],
     *,
-    steps: int = 200,
-    frames: int = 96,
+    steps: int = 400,
+    frames: int = 128,
     seed: int = 0,
 ) -> Judge:
     """Train a judge on windows of true sounds, at levels of their own.
