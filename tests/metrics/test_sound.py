@@ -1,11 +1,13 @@
 """Distances of sounds by hand, delays, and what classical coders leave."""
 
+import math
+
 import pytest
 import torch
 
 from isthmus.codecs.audio_peers import through
 from isthmus.errors import InvalidInputError, UnknownNameError
-from isthmus.metrics.sound import aligned, log_mel_distance
+from isthmus.metrics.sound import aligned, log_mel_distance, mel_cepstral_distance
 
 
 def tone(seconds: float = 1.0) -> torch.Tensor:
@@ -19,6 +21,20 @@ def test_a_louder_sound_is_as_far_as_it_is_louder() -> None:
     assert log_mel_distance(2 * x, x) == pytest.approx(6.0206, abs=1e-3)
     with pytest.raises(InvalidInputError, match="silent"):
         log_mel_distance(x, torch.zeros(8000))
+
+
+def test_cepstra_are_those_of_a_discrete_cosine_transform() -> None:
+    from scipy.fft import dct  # type: ignore[import-untyped]
+
+    draw = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(40, 7, generator=draw) for _ in range(2))
+    moved = dct((a - b).double().numpy(), type=2, axis=0) / 40  # 2 sum over m of L cos, over M
+    by_hand = 10 / math.log(10) * ((2 * moved[1:14] ** 2).sum(0) ** 0.5).mean()
+    assert mel_cepstral_distance(a, b) == pytest.approx(by_hand, rel=1e-6)
+    assert mel_cepstral_distance(a + 3.0, a) == pytest.approx(0.0, abs=1e-5)  # louder, only
+    for x, y, order in ((a, b[:, :3], 13), (a[0], b[0], 13), (a, b, 40)):
+        with pytest.raises(InvalidInputError, match=r"spectra|bands"):
+            mel_cepstral_distance(x, y, order)
 
 
 @pytest.mark.parametrize("late", [-37, 0, 5, 400])

@@ -16,7 +16,7 @@ from isthmus.roles import Loss
 from isthmus.training.data import Data, Pair, read, read_hub
 from isthmus.training.loop import Plan
 from isthmus.training.system import Answer, Scale, TrainedSystem, train
-from isthmus.workbench import speech
+from isthmus.workbench import speech, voices
 from isthmus.workbench.data import SOURCES, data
 
 
@@ -162,6 +162,8 @@ def test_names_of_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
         return spoken * (count // 8 + 1) if seed else spoken  # series are made of many
 
     monkeypatch.setattr(speech, "corpus", few)
+    said = voices.said
+    monkeypatch.setattr(voices, "said", lambda split, each, seed=0: said(split, 1, seed=seed))
     noisy = speech.noisy
     monkeypatch.setattr(speech, "noisy", lambda kind, split, count: noisy(kind, split, 8))
     with pytest.raises(UnknownNameError, match="did you mean 'dates'"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from isthmus.errors import InvalidInputError
@@ -43,6 +45,41 @@ def log_mel_distance(estimate: torch.Tensor, truth: torch.Tensor, rate: int = 16
     power = mel_filters(64, size, rate) @ spectrum.abs().square()  # [2, M, T]
     decibels = 10 * power.clamp(min=float(power[1].max()) * 1e-6).log10()
     return float((decibels[0] - decibels[1]).square().mean(0).sqrt().mean())
+
+
+def mel_cepstral_distance(estimate: torch.Tensor, truth: torch.Tensor, order: int = 13) -> float:
+    """Distance of mel cepstra in decibels, frame by frame, then the mean; loudness does not count.
+
+    ``10 / ln 10 sqrt(2 sum over d of (c_d - c'_d)^2)`` for d from 1 to the order, with
+    ``c_d = 2 / M sum over m of L_m cos(pi d (m + 1/2) / M)`` (Kubichek, 1993).
+
+    Args:
+        estimate: L, natural logs of the magnitudes of mel bands, [M, T].
+        truth: The same shape.
+        order: Cepstra, below M.
+
+    Returns:
+        Decibels; 0 for equal spectra.
+
+    Raises:
+        InvalidInputError: The shapes differ, there is no frame, or there are too few bands.
+
+    Example:
+        >>> wave = torch.cos(torch.pi * 3 * (torch.arange(40) + 0.5) / 40)[:, None]
+        >>> round(mel_cepstral_distance(wave, 0 * wave), 3)  # c_3 is off by 1: 10 sqrt(2) / ln 10
+        6.142
+    """
+    if estimate.shape != truth.shape or truth.ndim != 2 or not truth.shape[1]:
+        raise InvalidInputError(
+            f"both spectra are [M, T], got {list(estimate.shape)} and {list(truth.shape)}"
+        )
+    bands = len(truth)
+    if not 1 <= order < bands:
+        raise InvalidInputError(f"{bands} bands give cepstra 1 to {bands - 1}, not {order}")
+    place = torch.arange(bands, dtype=torch.float64) + 0.5
+    cosines = torch.cos(torch.pi / bands * place * torch.arange(1, order + 1)[:, None])
+    apart = 2 / bands * cosines @ (estimate.double() - truth.double())  # [order, T]
+    return float(10 / math.log(10) * (2 * apart.square().sum(0)).sqrt().mean())
 
 
 def aligned(

@@ -17,7 +17,7 @@ import torch
 from isthmus.errors import InvalidInputError, UnknownNameError
 from isthmus.signals.audio import Recording
 from isthmus.training.data import Data, Noisy, Pair, Spoken, Translated, read, read_hub
-from isthmus.workbench import codesearch, dates, digits, moving, numbers, pycode, speech
+from isthmus.workbench import codesearch, dates, digits, moving, numbers, pycode, speech, voices
 from isthmus.workbench.scene_masks import NAMED, MaskedScene, masked_scenes
 
 PREFIX, HUB = "workbench:", "hub:"
@@ -143,6 +143,9 @@ SOURCES: dict[str, Source] = {
     "speech-sentences": Source("spoken", lambda: _spoken("sentences"), "sentences of 36 words"),
     "speech-docs": Source(
         "spoken", lambda: _spoken("docs", 1500, 24), "sentences of documents, any words"
+    ),
+    "speech-voices": Source(
+        "spoken", voices.data, "eight voices, several sentences of one voice in a recording"
     ),
     "speech-few": Source("spoken", lambda: _spoken("sentences", 60, 20), "a few of them"),
     "speech-multi": Source(
