@@ -112,7 +112,8 @@ def decode(
         out: The file to write, in the format of its suffix; an older one is replaced at the end.
             Of a folder, the folder for what comes out; files that are there already are kept.
         model: Folder of the trained codec that wrote the file, if it is not known here.
-        partial: Of a damaged file, write what comes before the damage.
+        partial: Of a damaged file, write what comes before the damage; a codec that mends makes up
+            for what was lost.
         engine: local, or ray: the files of a folder are spread over a Ray cluster.
         workers: Workers of that cluster; one for each core when 0.
         json: Print one JSON object and nothing else on standard output.
@@ -142,7 +143,9 @@ def decode(
         return 0
     exact = "every bit as it was" if opened.codec.lossless else "lossy"
     said = f"{out}: {described(opened.signal.info)}, {exact}"
-    console().print(said if not damage else f"{out}: the part before the damage")
+    mends = getattr(opened.codec, "mends", False)
+    partly = "what was lost is made up" if mends else "the part before the damage"
+    console().print(said if not damage else f"{out}: {partly}")
     if damage:
         console(stderr=True).print(damage)
     return 0

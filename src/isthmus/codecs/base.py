@@ -54,6 +54,10 @@ class TrainedCodec(TrainedSystem):
 
     A subclass sets the class attributes of :class:`~isthmus.roles.Codec`, and ``parameters``,
     ``encode`` and ``decode``.
+
+    Attributes:
+        mends: Whether it makes up for frames that did not arrive (:attr:`Frame.lost
+            <isthmus.codecs.container.Frame.lost>`), where a damaged file is read in part.
     """
 
     role: ClassVar[str] = "codec"
@@ -62,6 +66,7 @@ class TrainedCodec(TrainedSystem):
     lossless: ClassVar[bool] = False
     numerics: ClassVar[str] = "static"
     fields: ClassVar[tuple[str, ...]] = ()
+    mends: ClassVar[bool] = False
 
     @property
     def id(self) -> str:
@@ -333,6 +338,7 @@ def unpack(
     except BaseException:
         reader.close()
         raise
+    reader.mending = allow_partial and getattr(codec, "mends", False)
     opened = Opened(reader, codec, Signal(header.signal, ()))
     opened.signal.chunks = _chunks(opened)
     return opened

@@ -35,6 +35,7 @@ MAGIC = bytes.fromhex("89495354 0d0a1a0a")
 MAJOR, MINOR = 1, 1
 STREAMING, LOSSLESS, ADAPTIVE, EXACT, COMPACT = 1, 2, 4, 8, 16
 DATA, RESET, TEXT, EMBEDDED, END = 0, 1, 2, 3, 255
+_LOST, _MOST_LOST = -1, 256
 
 MAX_HEADER = 64 << 10
 _ID = re.compile(r"[a-z0-9-]{1,48}/[a-z0-9-]{1,48}")
@@ -109,6 +110,7 @@ class Frame:
         samples: Samples along time, or pixels, that it holds; counted by the writer.
         bits: Width of the check.
         verified: Whether the decoder has compared its symbols.
+        lost: It did not arrive; a codec that mends is told so, by :attr:`Reader.mending`.
     """
 
     payload: bytes
@@ -117,6 +119,7 @@ class Frame:
     samples: int = 0
     bits: int = 32
     verified: bool = False
+    lost: bool = False
 
     @classmethod
     def of(cls, symbols: Any, payload: bytes, *, samples: int = 0, reset: bool = False) -> Frame:
@@ -351,7 +354,9 @@ class Reader:
         header: What the file says first.
         size: Bytes of the whole file.
         samples: The sample count of the end frame, once it has been reached.
-        damage: Why the frames ended early, with ``allow_partial``.
+        damage: Why the frames ended early, or what the first loss was, with ``allow_partial``.
+        mending: Set it, and damaged or missing data frames come as lost ones, those after them as
+            they are.
 
     Raises:
         BrokenFileError: It is no such file, or a damaged or hostile one.
@@ -378,7 +383,7 @@ class Reader:
         else:
             self._file = io.BytesIO(file) if isinstance(file, bytes) else file
         self.samples: int | None = None
-        self.damage = ""
+        self.damage, self.mending = "", False
         try:
             start = self._file.tell()
             self.size = self._file.seek(0, io.SEEK_END) - start
@@ -414,10 +419,13 @@ class Reader:
             except BrokenFileError as error:
                 if not self.allow_partial:
                     raise
-                self.damage = str(error)
+                self.damage = self.damage or str(error)
                 return
             over = zlib.crc32(crc, over)
             count += 1
+            if kind == _LOST:
+                yield Frame(b"", bits=bits, lost=True)
+                continue
             frame = Frame(payload, kind=kind, bits=bits)
             if kind in (DATA, RESET):
                 frame.check = int.from_bytes(payload[: bits // 8], "little")
@@ -566,13 +574,20 @@ class Reader:
     def _frame(self, index: int, bits: int) -> tuple[int, bytes, bytes]:
         if not self._left:
             raise self._broken(f"has no end: it was cut off after frame {index}")
+        begin, left = self._file.tell(), self._left
         seen = bytearray(self._take(1, f"frame {index}"))
         kind = seen[0]
         if kind not in (*_KINDS, END):
             raise self._broken(f"has a frame {index} of the unknown type {kind}")
         found = self._number(f"frame {index}", seen)
         if found != index:
-            raise self._broken(f"has frame {found} where frame {index} should be")
+            error = self._broken(f"has frame {found} where frame {index} should be")
+            if not (self.mending and index < found < index + _MOST_LOST):
+                raise error
+            self.damage = self.damage or str(error)
+            self._file.seek(begin)  # what came is of a later turn
+            self._left = left
+            return _LOST, b"", b""
         length = self._number(f"frame {index}", seen)
         if length > self.limits.payload:
             raise self._broken(
@@ -583,7 +598,11 @@ class Reader:
         payload = self._take(length, f"frame {index}")
         crc = self._take(bits // 8, f"frame {index}")
         if crc != zlib.crc32(payload, zlib.crc32(seen)).to_bytes(4, "little")[: bits // 8]:
-            raise self._broken(f"has a damaged frame {index}")
+            error = self._broken(f"has a damaged frame {index}")
+            if not (self.mending and kind in (DATA, RESET)):
+                raise error
+            self.damage = self.damage or str(error)
+            return _LOST, b"", crc
         return kind, payload, crc
 
     def _end(self, payload: bytes, count: int, over: int) -> None:

@@ -275,6 +275,59 @@ def check_codes(codes: Tensor, size: int) -> None:
         raise InvalidInputError(f"codes are from 0 to {size - 1}; one is outside")
 
 
+@torch.no_grad()
+def weighted_kmeans(
+    rows: Tensor, weights: Tensor, count: int, rounds: int = 50
+) -> tuple[Tensor, Tensor]:
+    """Centres of weighted vectors, from a start without chance.
+
+    The heaviest vector is the first centre; each next one is the vector of the largest weight times
+    squared distance from the centres so far. Then Lloyd's rounds follow, until nothing changes.
+
+    Args:
+        rows: Vectors [N, D].
+        weights: How much each counts, [N], not negative.
+        count: Centres K'; all vectors as they are when there are no more than that.
+        rounds: At most.
+
+    Returns:
+        Centres [K', D], and the nearest centre of each vector, int64 [N].
+
+    Raises:
+        InvalidInputError: No centre, or weights that do not fit.
+
+    Example:
+        >>> x = torch.tensor([[0.0], [1.0], [10.0]])
+        >>> centres, labels = weighted_kmeans(x, torch.tensor([3.0, 1.0, 1.0]), 2)
+        >>> centres.tolist(), labels.tolist()  # (3 * 0 + 1 * 1) / 4
+        ([[0.25], [10.0]], [0, 0, 1])
+    """
+    if count < 1 or weights.shape != rows.shape[:1] or (weights < 0).any():
+        raise InvalidInputError(
+            f"k-means makes 1 or more centres of vectors with weights of 0 or more, got {count} of "
+            f"{len(rows)} vectors and {tuple(weights.shape)} weights"
+        )
+    if count >= len(rows):
+        return rows.clone(), torch.arange(len(rows), device=rows.device)
+    weights = weights.to(rows.dtype).clamp(min=1e-6)
+    chosen = [int(weights.argmax())]
+    away = (rows - rows[chosen[0]]).square().sum(1)
+    for _ in range(count - 1):
+        chosen.append(int((weights * away).argmax()))
+        away = torch.minimum(away, (rows - rows[chosen[-1]]).square().sum(1))
+    centres, labels = rows[chosen], rows.new_zeros(0, dtype=torch.int64)
+    for _ in range(rounds):
+        before, labels = labels, torch.cdist(rows[None], centres[None])[0].argmin(1)
+        if torch.equal(before, labels):
+            break
+        mass = torch.zeros(count, dtype=rows.dtype, device=rows.device).index_add_(
+            0, labels, weights
+        )
+        total = torch.zeros_like(centres).index_add_(0, labels, rows * weights[:, None])
+        centres = torch.where(mass[:, None] > 0, total / mass.clamp(min=1e-12)[:, None], centres)
+    return centres, torch.cdist(rows[None], centres[None])[0].argmin(1)
+
+
 class RVQ(nn.Module):
     """Codebooks in a row, each for what those before it have left.
 

@@ -18,6 +18,7 @@ from isthmus.errors import InvalidInputError, UnknownNameError
 from isthmus.signals.audio import Recording
 from isthmus.training.data import Data, Noisy, Pair, Spoken, Translated, read, read_hub
 from isthmus.workbench import codesearch, dates, digits, moving, numbers, pycode, speech, voices
+from isthmus.workbench.coded_scenes import coded_scenes
 from isthmus.workbench.scene_masks import NAMED, MaskedScene, masked_scenes
 
 PREFIX, HUB = "workbench:", "hub:"
@@ -122,6 +123,16 @@ SOURCES: dict[str, Source] = {
     "numbers": Source("pairs", numbers.data, "numbers in words of four languages, and digits"),
     "scene-masks": Source("masks", _scenes, "rendered shapes and the class of every pixel"),
     "named-scenes": Source("pictures", _named_scenes, "small pictures of one shape each"),
+    "scenes-64": Source(
+        "pictures",
+        lambda: Data(coded_scenes(8000), coded_scenes(32, "held-out")),
+        "shapes on plain grounds, 64 by 64 pixels",
+    ),
+    "scenes-64-few": Source(
+        "pictures",
+        lambda: Data(coded_scenes(60), coded_scenes(20, "held-out")),
+        "a few of them",
+    ),
     "digits": Source(
         "pictures",
         lambda: Data(digits.records("learn"), digits.records("stop")),

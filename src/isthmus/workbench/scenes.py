@@ -117,15 +117,16 @@ class Example:
         return render(self.scene, self.jitter)
 
 
-def render(scene: Scene, jitter: int = 0) -> NDArray[np.float32]:
+def render(scene: Scene, jitter: int = 0, side: int = SIDE) -> NDArray[np.float32]:
     """Draw a scene.
 
     Args:
         scene: Its shapes.
-        jitter: Seed of a shift of each shape by at most one pixel.
+        jitter: Seed of a shift of each shape by at most one pixel of 32.
+        side: Height and width in pixels.
 
     Returns:
-        [3, 32, 32], float32 from -2 (dark) to 0 (white).
+        [3, side, side], float32 from -2 (dark) to 0 (white).
 
     Example:
         >>> picture = render((Thing("square", "black", "large", 3),))
@@ -133,8 +134,8 @@ def render(scene: Scene, jitter: int = 0) -> NDArray[np.float32]:
         ((3, 32, 32), True)
     """
     rng = np.random.default_rng(jitter)
-    y, x = np.mgrid[0:SIDE, 0:SIDE] + 0.5
-    picture = np.zeros((3, SIDE, SIDE), dtype=np.float32)
+    y, x = (np.mgrid[0:side, 0:side] + 0.5) * (SIDE / side)
+    picture = np.zeros((3, side, side), dtype=np.float32)
     for thing in scene:
         row, column = divmod(thing.place, 2)
         shift = rng.integers(-1, 2, 2)
