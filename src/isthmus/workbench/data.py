@@ -17,7 +17,16 @@ import torch
 from isthmus.errors import InvalidInputError, UnknownNameError
 from isthmus.signals.audio import Recording
 from isthmus.training.data import Data, Noisy, Pair, Spoken, Translated, read, read_hub
-from isthmus.workbench import codesearch, dates, digits, moving, numbers, pycode, speech
+from isthmus.workbench import (
+    codesearch,
+    dates,
+    digits,
+    moving,
+    numbers,
+    pycode,
+    scenes,
+    speech,
+)
 from isthmus.workbench.scene_masks import NAMED, MaskedScene, masked_scenes
 
 PREFIX, HUB = "workbench:", "hub:"
@@ -122,6 +131,16 @@ SOURCES: dict[str, Source] = {
     "numbers": Source("pairs", numbers.data, "numbers in words of four languages, and digits"),
     "scene-masks": Source("masks", _scenes, "rendered shapes and the class of every pixel"),
     "named-scenes": Source("pictures", _named_scenes, "small pictures of one shape each"),
+    "scenes": Source(
+        "pictures",
+        lambda: Data(scenes.sheets(8_000), scenes.sheets(200, "held-out")),
+        "one to three shapes on white, 32 by 32 pixels",
+    ),
+    "rare-scenes": Source(
+        "pictures",
+        lambda: Data(scenes.sheets(8_000, rare=0.02), scenes.sheets(200, "held-out", rare=0.02)),
+        "the same, two in a hundred with a mark in two corners",
+    ),
     "digits": Source(
         "pictures",
         lambda: Data(digits.records("learn"), digits.records("stop")),
