@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -125,6 +126,30 @@ class CodeCoder:
         with one_thread():
             logits, self.state = self.lm.step(self.state, self.n_q, self.batch)
         return frequencies(logits).reshape(-1, self.size)
+
+
+class TokenLaws:
+    """Frequencies of the next token of a causal model of transformers, step by step.
+
+    Writer and reader both take these steps, so they meet the same numbers.
+
+    Args:
+        lm: The model, in eval mode.
+    """
+
+    def __init__(self, lm: Any) -> None:
+        from transformers import DynamicCache
+
+        from isthmus.models.hub import cache_argument
+
+        self.lm, self.cache, self._name = lm, DynamicCache(), cache_argument(lm)
+
+    @torch.no_grad()
+    def after(self, token: int) -> Ints:
+        """Frequencies [V] after one more token."""
+        given: Any = {"input_ids": torch.tensor([[token]]), self._name: self.cache}
+        with one_thread():
+            return frequencies(self.lm(**given, use_cache=True).logits[0, -1])
 
 
 def packets(chunks: Iterable[torch.Tensor], length: int) -> Iterator[torch.Tensor]:

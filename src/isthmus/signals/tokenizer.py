@@ -126,3 +126,54 @@ def stream(texts: Sequence[str]) -> torch.Tensor:
             ) from error
         parts += [known.astype(np.int16) + FIRST_BYTE, np.array([END_ID], np.int16)]
     return torch.from_numpy(np.concatenate(parts))
+
+
+def learn_byte_pairs(files: Iterable[bytes], vocab_size: int) -> PreTrainedTokenizerFast:
+    r"""Byte-pair encoding of bytes that are no text; see :func:`as_text`.
+
+    Args:
+        files: What it is learnt from.
+        vocab_size: Tokens, the 256 bytes and the end (id 0) included.
+
+    Raises:
+        InvalidInputError: Fewer tokens than bytes.
+
+    Example:
+        >>> tokenizer = learn_byte_pairs([b"\xff\x00\xff\x00"] * 3, 258)
+        >>> len(tokenizer.encode(as_text(b"\xff\x00\xff\x01"))), len(tokenizer)
+        (3, 258)
+    """
+    if vocab_size < 257:
+        raise InvalidInputError(f"a vocabulary holds 256 bytes and an end, not {vocab_size} tokens")
+    backend = Tokenizer(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END],
+        initial_alphabet=[chr(_FIRST + b) for b in range(256)],
+        max_token_length=8,
+        show_progress=False,
+    )
+    backend.train_from_iterator((as_text(f) for f in files), trainer)
+    backend.decoder = decoders.Fuse()
+    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, clean_up_tokenization_spaces=False, **special
+    )
+
+
+_FIRST = 0x100
+
+
+def as_text(data: bytes) -> str:
+    r"""A letter for each byte, from U+0100 on: no spaces or controls, which tokenizers change.
+
+    Example:
+        >>> as_text(b"\x00\x41"), as_bytes(as_text(b"\x00\x41"))
+        ('ĀŁ', b'\x00A')
+    """
+    return "".join(chr(_FIRST + b) for b in data)
+
+
+def as_bytes(text: str) -> bytes:
+    """The bytes of :func:`as_text`; other letters are left out."""
+    return bytes(ord(c) - _FIRST for c in text if _FIRST <= ord(c) < _FIRST + 256)

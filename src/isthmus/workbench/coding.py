@@ -123,14 +123,14 @@ def decode(
     opened = unpack(given, folder=model, limits=limits, allow_partial=partial)
     signal = opened.signal
     try:
-        if signal.medium != medium_of(out):
+        own: Callable[[Signal, Path, Path], None] | None = getattr(opened.codec, "save", None)
+        if signal.medium != medium_of(out) and not (signal.medium == "bytes" and own is not None):
             raise InvalidInputError(f"{given} holds {signal.medium}; {out} is no name for that")
         axis, total = _length(signal)
         signal.chunks = _told(signal.chunks, axis, heard, total)
-        save: Callable[[Signal, Path, Path], None] | None = getattr(opened.codec, "save", None)
-        if save is not None and signal.medium == "video":
+        if own is not None and signal.medium in ("video", "bytes"):
             with replaced(out) as part:
-                save(signal, part, out)
+                own(signal, part, out)
         else:
             save_signal(out, signal, exact=opened.codec.lossless)
     finally:

@@ -17,7 +17,17 @@ import torch
 from isthmus.errors import InvalidInputError, UnknownNameError
 from isthmus.signals.audio import Recording
 from isthmus.training.data import Data, Noisy, Pair, Spoken, Translated, read, read_hub
-from isthmus.workbench import codesearch, dates, digits, moving, numbers, pycode, speech, voices
+from isthmus.workbench import (
+    codesearch,
+    dates,
+    digits,
+    moving,
+    numbers,
+    pycode,
+    scenes,
+    speech,
+    voices,
+)
 from isthmus.workbench.coded_scenes import coded_scenes
 from isthmus.workbench.scene_masks import NAMED, MaskedScene, masked_scenes
 
@@ -132,6 +142,16 @@ SOURCES: dict[str, Source] = {
         "pictures",
         lambda: Data(coded_scenes(60), coded_scenes(20, "held-out")),
         "a few of them",
+    ),
+    "scenes": Source(
+        "pictures",
+        lambda: Data(scenes.sheets(8_000), scenes.sheets(200, "held-out")),
+        "one to three shapes on white, 32 by 32 pixels",
+    ),
+    "rare-scenes": Source(
+        "pictures",
+        lambda: Data(scenes.sheets(8_000, rare=0.02), scenes.sheets(200, "held-out", rare=0.02)),
+        "the same, two in a hundred with a mark in two corners",
     ),
     "digits": Source(
         "pictures",

@@ -117,12 +117,12 @@ class Example:
         return render(self.scene, self.jitter)
 
 
-def render(scene: Scene, jitter: int = 0, side: int = SIDE) -> NDArray[np.float32]:
+def render(scene: Scene, jitter: int | None = 0, side: int = SIDE) -> NDArray[np.float32]:
     """Draw a scene.
 
     Args:
         scene: Its shapes.
-        jitter: Seed of a shift of each shape by at most one pixel of 32.
+        jitter: Seed of a shift of each shape by at most one pixel of 32; None shifts none.
         side: Height and width in pixels.
 
     Returns:
@@ -133,12 +133,12 @@ def render(scene: Scene, jitter: int = 0, side: int = SIDE) -> NDArray[np.float3
         >>> picture.shape, bool(picture[0, 24, 24] < -1 < picture[0, 8, 8])
         ((3, 32, 32), True)
     """
-    rng = np.random.default_rng(jitter)
+    rng = np.random.default_rng(jitter or 0)
     y, x = (np.mgrid[0:side, 0:side] + 0.5) * (SIDE / side)
     picture = np.zeros((3, side, side), dtype=np.float32)
     for thing in scene:
         row, column = divmod(thing.place, 2)
-        shift = rng.integers(-1, 2, 2)
+        shift = rng.integers(-1, 2, 2) * (jitter is not None)
         dy, dx = y - (8 + 16 * row + shift[0]), x - (8 + 16 * column + shift[1])
         inside = _inside(thing.shape, dy, dx, SIZES[thing.size])
         colour = np.array(COLOURS[thing.colour], dtype=np.float32) / 127.5 - 2
@@ -311,6 +311,57 @@ def examples(count: int, split: Split = "held-out", seed: str = "0") -> list[Exa
             request, answer = question(scene, rng)
         found.append(Example(scene, request, answer, rng.randrange(2**31)))
     return found
+
+
+MARK = slice(SIDE - 5, SIDE)
+"""Where the lower mark of a marked sheet lies, along both axes."""
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A scene as a record of the kind ``pictures``, each shape in the middle of its quarter.
+
+    Attributes:
+        scene: Its shapes.
+        marked: Whether it has the rare mark: a small black cross on white in the upper left
+            corner, and the same in the lower right one.
+    """
+
+    scene: Scene
+    marked: bool = False
+
+    def picture(self) -> Tensor:
+        """The picture, uint8 [3, 32, 32].
+
+        Example:
+            >>> picture = Sheet((Thing("ring", "blue", "small", 1),), marked=True).picture()
+            >>> picture[0, :5, :5].eq(0).sum().item(), picture[:, 29, 29].tolist()
+            (9, [0, 0, 0])
+        """
+        values = torch.from_numpy(render(self.scene, jitter=None))
+        picture = ((values + 2) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        if self.marked:
+            for corner, inner in ((slice(0, 6), slice(0, 5)), (slice(SIDE - 6, SIDE), MARK)):
+                picture[:, corner, corner] = 255
+                picture[:, inner, inner][:, 2] = 0
+                picture[:, inner, inner][:, :, 2] = 0
+        return picture
+
+
+def sheets(count: int, split: Split = "train", rare: float = 0.0, seed: str = "0") -> list[Sheet]:
+    """Pictures of scenes without words.
+
+    Args:
+        count: How many.
+        split: ``"train"`` or ``"held-out"``; no scene is in both.
+        rare: Share of them that has the mark, by a draw of its own.
+        seed: Other seeds give others.
+
+    Raises:
+        InvalidInputError: See :func:`examples`.
+    """
+    rng = random.Random(f"sheets/{split}/{seed}")
+    return [Sheet(e.scene, rng.random() < rare) for e in examples(count, split, seed)]
 
 
 def word_class(word: str) -> str:
