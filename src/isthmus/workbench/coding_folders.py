@@ -134,7 +134,8 @@ def encode_folder(
         system: Any = lookup(codec)
         if model is None and issubclass(system, TrainedCodec):
             model = trained(system, report=report)  # once, and not in every worker
-        wanted = coding.ready(codec, model, quality).medium
+        medium = coding.ready(codec, model, quality).medium  # bytes: it says itself what it takes
+        wanted = medium if medium in SUFFIXES else None
     options = {
         "codec": codec,
         "rate": rate,
