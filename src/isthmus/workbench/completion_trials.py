@@ -38,7 +38,7 @@ def scene_judge(records: Sequence[scenes.Sheet], steps: int) -> PictureClassifie
         at = rng.integers(len(records), size=32)
         loss = F.binary_cross_entropy_with_logits(eye(pixels[at]).logits, truth[at])
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return eye.eval()
 
