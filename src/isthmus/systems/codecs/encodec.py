@@ -30,16 +30,15 @@ from torch.nn import functional as F
 
 from isthmus.claims import Claim, Gate, Row, Ruler, judge
 from isthmus.claims import Scale as ClaimScale
-from isthmus.codecs.base import TrainedCodec
 from isthmus.codecs.container import Frame, Header, leb, unleb
 from isthmus.codecs.laws import CodeCoder, packets
+from isthmus.codecs.sound import SoundCodec
 from isthmus.errors import BrokenFileError, InvalidInputError
 from isthmus.models.audio_disc import STFTDiscriminator
 from isthmus.models.code_lm import CodeLM
 from isthmus.models.seanet import SEANetDecoder, SEANetEncoder, folded, level
 from isthmus.nn.quantize import RVQ
-from isthmus.roles import Medium, Signal
-from isthmus.signals.audio import fit, read
+from isthmus.roles import Signal
 from isthmus.training.audio_codec import AudioCodec, CodecLearner, Goals
 from isthmus.training.data import Data, Spoken
 from isthmus.training.loop import Plan
@@ -120,7 +119,7 @@ class Settings:
         return float(np.log2(self.size)) * self.rate_hz / self.hop / 1000
 
 
-class Encodec(TrainedCodec):
+class Encodec(SoundCodec):
     """The codec.
 
     Example:
@@ -131,7 +130,6 @@ class Encodec(TrainedCodec):
     name = "encodec"
     family = "codecs"
     reads = "spoken"
-    medium: ClassVar[Medium] = "audio"
     numerics = "pinned"
     fields = ("books", "coded")
     settings_type = Settings
@@ -241,15 +239,6 @@ class Encodec(TrainedCodec):
         kept = ("decoder.", "quantizer.", "lm.")
         return {k: v for k, v in self.module.state_dict().items() if k.startswith(kept)}
 
-    def open(self, path: Path) -> Signal:
-        """A sound, brought to the codec's rate: as it is where it has that, else as one channel."""
-        signal = super().open(path)
-        if signal.info["rate_hz"] == self.settings.rate_hz:
-            return signal
-        wave, _ = fit(read(path), self.settings.rate_hz, name=str(path))
-        info = {"medium": "audio", "dtype": "float32", "shape": list(wave.samples.shape)}
-        return Signal(info | {"rate_hz": self.settings.rate_hz}, [wave.samples])
-
     def parameters(self, info: Mapping[str, Any], rate: float | None = None) -> dict[str, Any]:
         """Codebooks used, by a rate in raw kbit/s, and whether the code model packs them.
 
@@ -257,17 +246,11 @@ class Encodec(TrainedCodec):
             InvalidInputError: Sound of another kind than the codec's, or too low a rate.
         """
         s: Settings = self.settings
-        self._check(info, InvalidInputError)
+        self.check_sound(info, InvalidInputError)
         books = s.codebooks if rate is None else min(s.codebooks, int(rate / s.kbps + 1e-6))
         if books < 1:
             raise InvalidInputError(f"{self.name} needs {s.kbps:.2f} kbit/s or more, not {rate}")
         return {"books": books, "coded": int(s.coded)}
-
-    def _check(self, info: Mapping[str, Any], error: type[Exception]) -> None:
-        hz, kind, channels = info["rate_hz"], info["dtype"], info["shape"][0]
-        if (hz, kind) != (self.settings.rate_hz, "float32") or not 1 <= channels <= 8:
-            takes = f"1 to 8 channels of {self.settings.rate_hz} Hz in float32"
-            raise error(f"this codec takes {takes}, not {channels} of {hz} Hz in {kind}")
 
     @property
     def packet(self) -> int:
@@ -278,7 +261,7 @@ class Encodec(TrainedCodec):
     def _coder(self, header: Header, error: type[Exception]) -> tuple[CodeCoder, int]:
         """What packs codes, and how many codebooks are used."""
         s: Settings = self.settings
-        self._check(header.signal, error)
+        self.check_sound(header.signal, error)
         books, coded = (header.parameters.get(name) for name in self.fields)
         if type(books) is not int or not 1 <= books <= s.codebooks or coded not in (0, 1):
             raise error(f"names {books} codebooks of {s.codebooks}; this codec never does")

@@ -29,14 +29,13 @@ from torch.nn import functional as F
 
 from isthmus.claims import Claim, Gate, Row, Ruler, judge
 from isthmus.claims import Scale as ClaimScale
-from isthmus.codecs.base import TrainedCodec
 from isthmus.codecs.container import Frame, Header, leb, unleb
 from isthmus.codecs.fixed import bits_of, pack_codes, unpack_codes
 from isthmus.codecs.laws import packets
+from isthmus.codecs.sound import SoundCodec
 from isthmus.errors import BrokenFileError, InvalidInputError
 from isthmus.models.mel_codec import FACTOR, LEVELS, Form
-from isthmus.roles import Medium, Signal
-from isthmus.signals.audio import fit, read
+from isthmus.roles import Signal
 from isthmus.signals.mel import MelSpectrum
 from isthmus.training.data import Data, Spoken
 from isthmus.training.loop import Plan
@@ -123,7 +122,7 @@ class Settings:
         return 8 * self.g_dim
 
 
-class SingleCodec(TrainedCodec):
+class SingleCodec(SoundCodec):
     """The codec.
 
     Example:
@@ -134,7 +133,6 @@ class SingleCodec(TrainedCodec):
     name = "single-codec"
     family = "codecs"
     reads = "spoken"
-    medium: ClassVar[Medium] = "audio"
     fields = ("bits", "g")
     settings_type = Settings
     scales: ClassVar[Mapping[str, Scale]] = {
@@ -218,23 +216,14 @@ class SingleCodec(TrainedCodec):
 
     def decode_config(self) -> dict[str, Any]:
         """What a decoder is built from."""
-        names = ("rate_hz", "hop", "mels", "width", "dim", "g_dim", "blocks", "size", "packet")
-        names = (*names, "rounds", "blstm", "hybrid", "resampling")
+        sizes = ("rate_hz", "hop", "mels", "width", "dim", "g_dim", "blocks", "size", "packet")
+        names = (*sizes, "rounds", "blstm", "hybrid", "resampling")
         return {name: getattr(self.settings, name) for name in names}
 
     def decode_tensors(self) -> Mapping[str, Tensor]:
         """Decoder and codebook: both encoders may learn anew."""
         kept = ("decoder.", "quantizer.embed")
         return {k: v for k, v in self.module.state_dict().items() if k.startswith(kept)}
-
-    def open(self, path: Path) -> Signal:
-        """A sound, brought to the codec's rate: as it is where it has that, else as one channel."""
-        signal = super().open(path)
-        if signal.info["rate_hz"] == self.settings.rate_hz:
-            return signal
-        wave, _ = fit(read(path), self.settings.rate_hz, name=str(path))
-        info = {"medium": "audio", "dtype": "float32", "shape": list(wave.samples.shape)}
-        return Signal(info | {"rate_hz": self.settings.rate_hz}, [wave.samples])
 
     def parameters(self, info: Mapping[str, Any], rate: float | None = None) -> dict[str, Any]:
         """Bits of a code and components of g.
@@ -243,18 +232,12 @@ class SingleCodec(TrainedCodec):
             InvalidInputError: Sound of another kind than the codec's, or a rate below its only one.
         """
         s: Settings = self.settings
-        self._check(info, InvalidInputError)
+        self.check_sound(info, InvalidInputError)
         if rate is not None and rate * 1000 < s.bits_s - 1e-6:
             raise InvalidInputError(
                 f"{self.name} has one rate, {s.bits_s / 1000:.3f} kbit/s, and not {rate}"
             )
         return {"bits": self.bits, "g": s.g_dim}
-
-    def _check(self, info: Mapping[str, Any], error: type[Exception]) -> None:
-        hz, kind, channels = info["rate_hz"], info["dtype"], info["shape"][0]
-        if (hz, kind) != (self.settings.rate_hz, "float32") or not 1 <= channels <= 8:
-            takes = f"1 to 8 channels of {self.settings.rate_hz} Hz in float32"
-            raise error(f"this codec takes {takes}, not {channels} of {hz} Hz in {kind}")
 
     def mel(self, x: Tensor) -> Tensor:
         """Spectra [C, M, 4 T] of sounds [C, N], padded with silence to whole codes."""
@@ -262,7 +245,7 @@ class SingleCodec(TrainedCodec):
 
     def encode(self, signal: Signal, header: Header) -> Iterator[Frame]:
         """A frame for g, of the beginning of the sound; then one for each stretch of it."""
-        self._check(header.signal, InvalidInputError)
+        self.check_sound(header.signal, InvalidInputError)
         s, g = self.settings, None
         for piece in packets(signal.chunks, s.packet * s.hop):
             mel = self.mel(piece)
@@ -277,7 +260,7 @@ class SingleCodec(TrainedCodec):
     def decode(self, header: Header, frames: Iterable[Frame]) -> Iterator[Tensor]:
         """The sound of every stretch."""
         s, channels = self.settings, header.signal["shape"][0]
-        self._check(header.signal, BrokenFileError)
+        self.check_sound(header.signal, BrokenFileError)
         if dict(header.parameters) != {"bits": self.bits, "g": s.g_dim}:
             own = f"{self.bits} bits and a g of {s.g_dim}"
             raise BrokenFileError(f"the file has {dict(header.parameters)}, this codec {own}")
