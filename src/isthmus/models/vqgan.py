@@ -208,6 +208,20 @@ class VQGAN(nn.Module):
         return low, low + self.sizes[level]
 
     @torch.no_grad()
+    def start(self, pictures: Sequence[Tensor]) -> None:
+        """The codebook begins as the k-means of all vectors of some pictures [B, 3, H, W].
+
+        A batch is mostly plain ground; many of them have the rare vectors too.
+        """
+        z = torch.cat([self.encoder(x - 0.5).movedim(1, -1).flatten(0, 2) for x in pictures])
+        centres, labels = weighted_kmeans(z, z.new_ones(len(z)), self.sizes[0])
+        share = torch.bincount(labels, minlength=len(centres)).to(z.dtype) / len(pictures)
+        self.vq.embed.copy_(centres)
+        self.vq.count.copy_(share)
+        self.vq.total.copy_(centres * share[:, None])
+        self.vq.ready.fill_(True)
+
+    @torch.no_grad()
     def shrink(self) -> None:
         """k-means of the codewords: maps, books and counts of all levels; decoders are copied."""
         words, used = self.vq.embed.detach(), self.vq.count.clamp(min=0)
