@@ -26,6 +26,9 @@ from isthmus.signals import jpeg
 from isthmus.signals.image import resize
 from isthmus.signals.tokenizer import as_bytes, as_text
 
+MARKERS = as_text(b"\xff") + "[" + "".join(as_text(bytes([0xD0 + i])) for i in range(8)) + "]"
+"""Restart markers as a pattern of letters: no byte pair reaches across one."""
+
 
 def squared(picture: Tensor, side: int) -> Tensor:
     """A picture, uint8 [1 or 3, H, W], as [3, side, side]."""
@@ -69,7 +72,7 @@ class JpegTokens:
 
         Raises:
             InvalidInputError: It has another.
-            BrokenFileError: It is no JPEG file.
+            BrokenFileError: It is no JPEG file, or a damaged one.
         """
         found = jpeg.parse(data)
         if found.header != self.form.header:
@@ -95,7 +98,15 @@ class JpegTokens:
 
     def first(self, picture: Tensor) -> list[int]:
         """Tokens of the upper half: those that lie wholly in its units."""
-        scan = self.strip(self.file(picture))
+        return self.first_of(self.file(picture))
+
+    def first_of(self, data: bytes) -> list[int]:
+        """The same of a file.
+
+        Raises:
+            InvalidInputError: See :meth:`strip`.
+        """
+        scan = self.strip(data)
         row = -(-self.form.width // self.form.unit[0])
         units = row * max(1, self.form.units // row // 2)
         end = jpeg.read(self.form, scan).ends[units - 1]

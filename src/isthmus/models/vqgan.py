@@ -29,7 +29,7 @@ from isthmus.models.transform_codec import cosines
 from isthmus.nn.quantize import VQ, weighted_kmeans
 from isthmus.objectives.audio import feature_matching, hinge_discriminator, hinge_generator
 
-_DELTA, _MOST, _FAINT = 1e-6, 1e4, 0.05
+_DELTA, _MOST, _FAINT, _NEAR = 1e-6, 1e4, 0.05, 0.05
 
 
 class _Residual(nn.Module):
@@ -206,6 +206,22 @@ class VQGAN(nn.Module):
         """Where a level's codes lie among those of all levels, as both models of codes see them."""
         low = sum(self.sizes[:level])
         return low, low + self.sizes[level]
+
+    @torch.no_grad()
+    def start(self, pictures: Sequence[Tensor]) -> None:
+        """The codebook begins as the k-means of all vectors of some pictures [B, 3, H, W].
+
+        A batch is mostly plain ground; many of them have the rare vectors too. Vectors that are
+        nearly alike count as one of their joint weight, or else the far ones would come first.
+        """
+        z = torch.cat([self.encoder(x - 0.5).movedim(1, -1).flatten(0, 2) for x in pictures])
+        words, uses = torch.unique((z / _NEAR).round(), dim=0, return_counts=True)
+        centres, labels = weighted_kmeans(words * _NEAR, uses.to(z.dtype), self.sizes[0])
+        share = z.new_zeros(len(centres)).index_add_(0, labels, uses / len(pictures))
+        self.vq.embed.copy_(centres)
+        self.vq.count.copy_(share)
+        self.vq.total.copy_(centres * share[:, None])
+        self.vq.ready.fill_(True)
 
     @torch.no_grad()
     def shrink(self) -> None:

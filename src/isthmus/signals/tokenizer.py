@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -128,12 +128,16 @@ def stream(texts: Sequence[str]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(parts))
 
 
-def learn_byte_pairs(files: Iterable[bytes], vocab_size: int) -> PreTrainedTokenizerFast:
+def learn_byte_pairs(
+    files: Iterable[bytes], vocab_size: int, *, apart: str = ""
+) -> PreTrainedTokenizerFast:
     r"""Byte-pair encoding of bytes that are no text; see :func:`as_text`.
 
     Args:
         files: What it is learnt from.
         vocab_size: Tokens, the 256 bytes and the end (id 0) included.
+        apart: A pattern of letters of :func:`as_text`; what matches is never joined with what
+            stands around it.
 
     Raises:
         InvalidInputError: Fewer tokens than bytes.
@@ -146,6 +150,8 @@ def learn_byte_pairs(files: Iterable[bytes], vocab_size: int) -> PreTrainedToken
     if vocab_size < 257:
         raise InvalidInputError(f"a vocabulary holds 256 bytes and an end, not {vocab_size} tokens")
     backend = Tokenizer(models.BPE())
+    if apart:
+        backend.pre_tokenizer = pre_tokenizers.Split(Regex(apart), behavior="isolated")
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END],

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import lzma
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -36,7 +37,7 @@ from isthmus.codecs.rangecoder import Decoder, Encoder
 from isthmus.decoding.model import Model
 from isthmus.errors import BrokenFileError, InvalidInputError
 from isthmus.models.hub import load_checkpoint, no_progress_bars
-from isthmus.models.picture_tokens import JpegTokens, VqTokens
+from isthmus.models.picture_tokens import MARKERS, JpegTokens, VqTokens
 from isthmus.roles import Medium, Signal
 from isthmus.signals import jpeg
 from isthmus.signals.image import Pictured, read_pixels, write_pixels
@@ -149,7 +150,7 @@ class JpegLm(TrainedCodec):
         else:
             tokens = JpegTokens(s.side, s.quality, s.restart)
             files = (tokens.strip(tokens.file(r.picture())) for r in data.train[:10_000])
-            tokens.tokenizer = learn_byte_pairs(files, s.vocab_size)
+            tokens.tokenizer = learn_byte_pairs(files, s.vocab_size, apart=MARKERS)
         config = LlamaConfig(
             vocab_size=s.vocab_size,
             hidden_size=s.hidden_size,
@@ -196,12 +197,7 @@ class JpegLm(TrainedCodec):
     # sampling -------------------------------------------------------------------------------------
 
     def complete(self, prompts: Sequence[Sequence[int]], seed: int = 0) -> list[list[int]]:
-        """Tokens of whole pictures that begin as given (section 4: top-p, top-k).
-
-        Args:
-            prompts: Tokens of first rows.
-            seed: Of the draws.
-        """
+        """Tokens of whole pictures that begin with the tokens given (section 4: top-p, top-k)."""
         s, model = self.settings, Model(self.module)
         longest = max(map(len, prompts), default=0)
         made: list[list[int]] = []
@@ -217,14 +213,15 @@ class JpegLm(TrainedCodec):
     def run(self, given: str) -> Answer:
         """Complete a picture from the upper half of its file."""
         prompt = self.tokens.first(read_pixels(Path(given))[:3])
+        if isinstance(self.tokens, JpegTokens):
+            with suppress(InvalidInputError, BrokenFileError):  # other pictures are coded anew
+                prompt = self.tokens.first_of(Path(given).read_bytes())
         (ids,) = self.complete([prompt])
         picture, wrong = self.tokens.picture(ids)
 
-        def save(path: Path) -> None:
-            write_pixels(path, picture)
-
         said = f"{len(prompt)} tokens were given, {len(ids) - len(prompt)} made up; the picture "
-        return Answer(said + (wrong or "is whole"), {"tokens": ids, "wrong": wrong}, save)
+        record = {"tokens": ids, "wrong": wrong}
+        return Answer(said + (wrong or "is whole"), record, lambda p: write_pixels(p, picture))
 
     # files ----------------------------------------------------------------------------------------
 

@@ -74,6 +74,7 @@ class Settings:
         features: Weight of the distance of its features.
         decay: Of the codebook's averages.
         dead_below: Use below which a code starts anew.
+        start: Batches that the codebook begins as the k-means of; 0 is one, the first.
         lm: Of the causal model: width, blocks, heads, width of the feed-forwards.
         masker: Of the model that fills gaps: width, blocks, heads.
         whole: Share of the training in which encoder and codebook learn.
@@ -97,6 +98,7 @@ class Settings:
     features: float = 1.0
     decay: float = 0.99
     dead_below: float = 1.0
+    start: int = 0
     lm: tuple[int, int, int, int] = (512, 12, 8, 2048)
     masker: tuple[int, int, int] = (512, 12, 8)
     whole: float = 0.6
@@ -135,16 +137,16 @@ class VqganCompression(TrainedCodec):
     settings_type = Settings
     scales: ClassVar[Mapping[str, Scale]] = {
         "test": Scale(
-            Settings((6, 8, 8), 4, (16, 8, 4), judge=4, dead_below=0.3, lm=(8, 1, 2, 16),
+            Settings((6, 8, 8), 4, (16, 8, 4), judge=4, dead_below=0.0, start=4, lm=(8, 1, 2, 16),
                      masker=(8, 1, 2), whole=0.5, judged_from=0.25, side=32, batch_size=4),
             replace(_ADAM, steps=8, learning_rate=1e-3, validate_every=8),
             "workbench:scenes-64-few",
         ),
         "small": Scale(
             Settings((24, 48, 64), 32, (256, 128, 64, 32, 16, 8), judge=12, adversarial=0.02,
-                     features=0.1, decay=0.97, dead_below=0.1, lm=(96, 2, 4, 256),
-                     masker=(128, 3, 4), whole=0.4, judged_from=0.5, side=64),
-            replace(_ADAM, steps=2400, learning_rate=1e-3, warmup_steps=50, validate_every=2400),
+                     features=0.1, decay=0.95, dead_below=0.01, start=24, lm=(96, 2, 4, 256),
+                     masker=(128, 3, 4), whole=0.45, judged_from=0.5, side=64),
+            replace(_ADAM, steps=2200, learning_rate=1e-3, warmup_steps=50, validate_every=2200),
             "workbench:scenes-64",
         ),
         "paper": Scale(
@@ -169,9 +171,12 @@ class VqganCompression(TrainedCodec):
 
     @classmethod
     def untrained(cls, settings: Settings, data: Data[Pictured]) -> Self:
-        """A new codec."""
-        del data
-        return cls(settings)
+        """A new codec, whose codebook begins as the k-means of some batches."""
+        codec = cls(settings)
+        learner = codec.learner(data, _ADAM)
+        if settings.start:
+            codec.module.start([learner.batch(part)[0] for part in range(settings.start)])
+        return codec
 
     def learner(self, data: Data[Pictured], plan: Plan) -> VQPictureLearner:
         """See :class:`~isthmus.training.vq_picture.VQPictureLearner`."""
@@ -376,8 +381,8 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
         gates=(*sizes, *gates),
         seeds=(told.plan.seed,),
         notes=(
-            f"{len(judged)} scenes of {s.side} pixels, f = {s.factor}; rates and PSNR of sheets of "
-            f"{sheets.shape[-1]} pixels, payloads without headers; losses picture by picture",
+            f"{len(judged)} scenes of {judged.shape[-1]} pixels, f = {s.factor}; rates and PSNR of "
+            f"sheets of {sheets.shape[-1]} pixels, without headers; losses picture by picture",
             "remapping alone goes through the decoder of K, which learnt for longer than any other",
         ),
     )
