@@ -128,7 +128,11 @@ def test_a_file_of_which_the_end_is_lost(
         (["encode", "a.png", "-o", "x.ist", "--codec", "losless-image"], "did you mean"),
         (["encode", "a.png", "-o", "x.ist", "--codec", "lossless-audio"], "codes audio"),
         (["encode", "a.png", "-o", "x.ist", "--rate", "2"], "no rate"),
-        (["encode", "a.png", "-o", "x.ist", "--model", "a.txt"], "leave --model out"),
+        (["encode", "a.png", "-o", "x.ist", "--model", "a.txt"], "holds no isthmus.json"),
+        (
+            ["encode", "a.png", "-o", "x.ist", "--codec", "lossless-image", "--model", "a.txt"],
+            "leave --model out",
+        ),
         (["encode", "a.png", "-o", "a.png"], "is the file that is read"),
         (["encode", "a.png", "-o", "nowhere/x.ist"], "cannot be written"),
         (["decode", "a.png", "-o", "b.png"], "no .ist file"),

@@ -28,6 +28,7 @@ from isthmus.errors import InvalidInputError, IsthmusError
 from isthmus.roles import Codec, Signal
 from isthmus.signals.files import medium_of, open_signal, replaced, save_signal
 from isthmus.training.loop import Progress
+from isthmus.training.system import read_config
 
 DEFAULTS = {
     "audio": "parts/lossless-audio",
@@ -60,8 +61,9 @@ def encode(
     Args:
         given: The file.
         out: The ``.ist`` file.
-        codec: Name of a codec, or one at hand; when empty, one of :data:`DEFAULTS`. A codec that
-            has to be trained is trained at the scale small the first time.
+        codec: Name of a codec, or one at hand; when empty, that of ``model``, or one of
+            :data:`DEFAULTS`. A codec that has to be trained is trained at the scale small the first
+            time.
         rate: Wanted rate of a codec that has a choice.
         quality: Wanted quality, 0 to 100, of a codec that has such a choice.
         model: Folder of a trained codec.
@@ -76,7 +78,8 @@ def encode(
     given, out = Path(given), Path(out)
     _apart(given, out)
     if isinstance(codec, str):
-        codec = ready(codec or DEFAULTS[medium_of(given)], model, quality, report)
+        name = codec or trained_in(model) or DEFAULTS[medium_of(given)]
+        codec = ready(name, model, quality, report)
     elif quality is not None:
         raise InvalidInputError("a codec at hand has its quality already")
     own: Callable[[Path], Signal] | None = getattr(codec, "open", None)
@@ -179,6 +182,15 @@ def inspect(given: str | Path) -> dict[str, Any]:
             "length": reader.samples,
             "damage": reader.damage,
         }
+
+
+def trained_in(model: str | Path | None) -> str:
+    """Name of the system in a folder, or nothing without a folder.
+
+    Raises:
+        BrokenFileError: The folder holds none.
+    """
+    return "" if model is None else str(read_config(Path(model))["system"])
 
 
 def ready(

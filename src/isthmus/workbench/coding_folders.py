@@ -129,7 +129,7 @@ def encode_folder(
             take these options.
         UnknownNameError: No such codec.
     """
-    wanted = None
+    wanted, codec = None, codec or coding.trained_in(model)
     if codec:
         system: Any = lookup(codec)
         if model is None and issubclass(system, TrainedCodec):
