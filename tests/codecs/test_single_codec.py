@@ -58,7 +58,7 @@ def test_contract(codec: SingleCodec) -> None:
         lambda: signal(sound(7_000), 999, known=False),
         lambda: signal(torch.zeros(1, 5_000)),
     ]
-    testing.check_codec(codec, makes, mutations=40)
+    testing.check_codec(codec, makes, mutations=20)
 
 
 def test_rates_of_the_paper_by_hand() -> None:

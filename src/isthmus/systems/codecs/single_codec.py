@@ -5,11 +5,11 @@ Paper: H. Li, L. Xue, H. Guo, X. Zhu, Y. Lv, L. Xie, Y. Chen, H. Yin, Z. Li, "Si
 Idea: A reference encoder takes what does not change (the voice, the channel) into one vector that
     is sent once, so that the codes of a single codebook, 23.4 a second, need not tell it.
 Differs: Griffin and Lim's phases make the sound instead of a trained vocoder. The vector is bound
-    to -1 to 1 and sent in 8 bits a component. The LSTMs and the conformer work at the rate of the
-    codes, and the vector is taken away before the conformer. Long sounds are coded in stretches of
-    600 frames, each by itself. Sizes that the paper does not give are chosen here. The scale small
-    is at 16 kHz with a hop of 171 samples, which keeps 23.4 codes a second, has no adversary, and
-    learns from recordings played faster and slower too, as if of more voices than eight.
+    to -1 to 1 and sent in 8 bits a component. LSTMs and conformer work at the rate of the codes;
+    the vector enters the encoder's first block and is taken away before the conformer. Long sounds
+    are coded in stretches of 600 frames, each by itself. Sizes that the paper does not give are
+    chosen here. The scale small is at 16 kHz with a hop of 171 samples, which keeps 23.4 codes a
+    second, has no adversary, and learns from recordings played faster and slower, as more voices.
 
     [C, N] ─▶ mel ─▶ encoder ─▶ VQ ─▶ codes, 13 bits each ─▶ decoder ─▶ mel ─▶ phases ─▶ [C, N]
                └─▶ reference encoder ─▶ g, once ─┴──────────────┘
@@ -304,8 +304,7 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
     """Code held-out sentences of eight voices, and give them each other's global vector."""
     del ruler
     size, few = ("test", True) if scale == "test" else ("small", False)
-    told = SingleCodec.scales[size]
-    codecs = {}
+    told, codecs = SingleCodec.scales[size], {}
     for name, changed in ARMS.items():
         folder = trained(SingleCodec, size, settings=replace(told.settings, **changed))
         codecs[name] = SingleCodec.from_pretrained(folder)
