@@ -146,7 +146,7 @@ class VqganCompression(TrainedCodec):
             Settings((24, 48, 64), 32, (256, 128, 64, 32, 16, 8), judge=12, adversarial=0.02,
                      features=0.1, decay=0.95, dead_below=0.01, start=24, lm=(96, 2, 4, 256),
                      masker=(128, 3, 4), whole=0.45, judged_from=0.5, side=64),
-            replace(_ADAM, steps=2200, learning_rate=1e-3, warmup_steps=50, validate_every=2200),
+            replace(_ADAM, steps=1600, learning_rate=1e-3, warmup_steps=50, validate_every=1600),
             "workbench:scenes-64",
         ),
         "paper": Scale(
