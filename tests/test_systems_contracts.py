@@ -109,11 +109,15 @@ def test_contract_of_a_codec(slug: str) -> None:
     torch.manual_seed(0)
     codec = system.untrained(scale.settings, few)
     codec.module.eval()
-    testing.check_codec(codec, [lambda: signal(few.valid[0], system.medium)], mutations=100)
+    testing.check_codec(codec, [lambda: signal(few.valid[0], codec)], mutations=100)
 
 
-def signal(record: Any, medium: str) -> Signal:
-    """A record as a signal: a picture, a few of them, or half a second of sound."""
+def signal(record: Any, codec: Any) -> Signal:
+    """A record as a signal: a picture, a few of them, its file, or half a second of sound."""
+    medium = codec.medium
+    if medium == "bytes":
+        data = torch.frombuffer(bytearray(codec.tokens.file(record.picture())), dtype=torch.uint8)
+        return Signal({"medium": "bytes", "dtype": "uint8", "shape": [len(data)]}, [data])
     if medium == "image":
         pixels = record.pixels()
         info = {"medium": "image", "dtype": "uint8", "shape": list(pixels.shape)}
