@@ -113,11 +113,11 @@ def test_contract_of_a_codec(slug: str) -> None:
 
 
 def signal(record: Any, codec: Any) -> Signal:
-    """A record as a signal: a picture, a few of them, half a second of sound, or its file."""
+    """A record as a signal: a picture, a few of them, its file, or half a second of sound."""
     medium = codec.medium
     if medium == "bytes":
         data = torch.frombuffer(bytearray(codec.tokens.file(record.picture())), dtype=torch.uint8)
-        return Signal({"medium": "bytes", "dtype": "uint8", "shape": list(data.shape)}, [data])
+        return Signal({"medium": "bytes", "dtype": "uint8", "shape": [len(data)]}, [data])
     if medium == "image":
         pixels = record.pixels()
         info = {"medium": "image", "dtype": "uint8", "shape": list(pixels.shape)}

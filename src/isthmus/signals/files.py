@@ -253,4 +253,6 @@ def described(info: Mapping[str, Any]) -> str:
         return (
             f"{shape[3]} x {shape[2]} pixels, {_LAYOUTS.get(layout, layout)}, {bits} bits, {rate}"
         )
+    if info["medium"] == "bytes":
+        return f"a file of {shape[0]:,} bytes"
     return f"{info['medium']} {dtype} {shape}"
