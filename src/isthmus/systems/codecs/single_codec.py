@@ -219,8 +219,8 @@ class SingleCodec(TrainedCodec):
     def decode_config(self) -> dict[str, Any]:
         """What a decoder is built from."""
         names = ("rate_hz", "hop", "mels", "width", "dim", "g_dim", "blocks", "size", "packet")
-        names = (*names, "rounds", "blstm", "hybrid", "resampling")
-        return {name: getattr(self.settings, name) for name in names}
+        kept = (*names, "rounds", "blstm", "hybrid", "resampling")
+        return {name: getattr(self.settings, name) for name in kept}
 
     def decode_tensors(self) -> Mapping[str, Tensor]:
         """Decoder and codebook: both encoders may learn anew."""
