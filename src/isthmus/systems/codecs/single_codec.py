@@ -216,9 +216,9 @@ class SingleCodec(SoundCodec):
 
     def decode_config(self) -> dict[str, Any]:
         """What a decoder is built from."""
-        sizes = ("rate_hz", "hop", "mels", "width", "dim", "g_dim", "blocks", "size", "packet")
-        names = (*sizes, "rounds", "blstm", "hybrid", "resampling")
-        return {name: getattr(self.settings, name) for name in names}
+        names = ("rate_hz", "hop", "mels", "width", "dim", "g_dim", "blocks", "size", "packet")
+        kept = (*names, "rounds", "blstm", "hybrid", "resampling")
+        return {name: getattr(self.settings, name) for name in kept}
 
     def decode_tensors(self) -> Mapping[str, Tensor]:
         """Decoder and codebook: both encoders may learn anew."""
