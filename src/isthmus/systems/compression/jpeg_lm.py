@@ -87,7 +87,7 @@ class Settings:
     num_heads: int = 32
     context: int = 12_288
     batch_size: int = 512
-    vq_steps: int = 400
+    vq_steps: int = 2_000
     top_p: float = 0.9
     top_k: int = 40
 
@@ -313,7 +313,7 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
     del ruler
     size = "test" if scale == "test" else "small"
     told, small = JpegLm.scales[size], size == "small"
-    count, coded, rare = (256, 24, 64) if small else (8, 2, 4)
+    count, coded, rare = (256, 24, 128) if small else (8, 2, 4)
     judged = scenes.sheets(count + coded, "held-out", seed="judged")
     truth = torch.stack([r.picture() for r in judged[:count]])
     marked = torch.stack([replace(r, marked=True).picture() for r in judged[:rare]])
@@ -336,13 +336,15 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
     packed = len(lzma.compress(scans, preset=9 | lzma.PRESET_EXTREME)) / len(scans)
     ratio, marks = payload / len(scans), sum(len(files.strip(data)) for data in given)
     a, b = at["jpeg"], at["vq"]
+    # what is shown where nothing asked for it is no recall
+    found = [x["recall"] - x["false"] for x in (a, b)]
     spent_bits = [arms[x].record["validation"][-1]["bits_per_picture"] for x in ("jpeg", "vq")]
     weights = [sum(p.numel() for p in arms[x].module.parameters()) / 1e6 for x in ("jpeg", "vq")]
     gates = (
         Gate("files that come back exactly", exact / coded, "==", 1.0),
         Gate("completions that decode fully", a["whole"], ">=", 0.9),
         Gate("Frechet distance, VQ - JPEG", b["distance"] - a["distance"], ">", 0.0),
-        Gate("recall of the rare mark, JPEG - VQ", a["recall"] - b["recall"], ">", 0.0),
+        Gate("recall of the rare mark beyond chance, JPEG - VQ", found[0] - found[1], ">=", 0.1),
         Gate("coded / JPEG bytes without headers", ratio, "<=", 0.9),
         Gate("files that come back exactly over VQ codes", stored / coded, "<", 1.0),
     )
@@ -383,7 +385,7 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
         ),
         scale=scale,
         device="cpu",
-        status=judge(gates, (gates[0], gates[1], *gates[3:])),
+        status=judge(gates, (*gates[:3], *gates[4:])),
         gates=gates,
         seeds=(told.plan.seed,),
         notes=(
