@@ -14,7 +14,6 @@ from isthmus.folders import kept
 from isthmus.training.data import Data
 from isthmus.training.loop import Plan, Progress
 from isthmus.training.system import CONFIG, Scale, TrainedSystem, train
-from isthmus.workbench.data import data as named_data
 
 
 def scale_of(system: type[TrainedSystem], name: str) -> Scale:
@@ -64,6 +63,9 @@ def trained(
     with kept("systems", f"{system.name}-{scale}", key) as folder:
         if not (folder / CONFIG).exists():
             if data is None:
+                # not above: what is trained already opens seconds sooner without all data sets
+                from isthmus.workbench.data import data as named_data
+
                 data = named_data(chosen.data, system.reads)
             train(system, data, settings, plan, out=folder, report=report)
         return folder
