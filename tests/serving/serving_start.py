@@ -33,7 +33,7 @@ class Running:
         return httpx.post(self.url + path, json=body, timeout=60)
 
     def idle(self) -> bool:
-        deadline = time.time() + 10
+        deadline = time.time() + 60
         while (self.engine.running or self.engine.waiting) and time.time() < deadline:
             time.sleep(0.02)
         return not self.engine.running and not self.engine.waiting
