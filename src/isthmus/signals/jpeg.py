@@ -331,11 +331,11 @@ def read(jpeg: Jpeg, scan: bytes) -> Scan:
                 for codes in blocks:
                     _block(bits, codes)
                 kept = bits.at
-                ends.append(begin + _stuffed(segment, kept // 8))
+                ends.append(begin + _stuffed(segment, bits.raw, kept // 8))
             if 8 * len(bits.raw) - kept >= 8:
                 raise _Break(kept, "bytes behind the last block")
         except _Break as broken:
-            at = begin + _stuffed(segment, broken.bit // 8)
+            at = begin + _stuffed(segment, bits.raw, broken.bit // 8)
             return Scan(tuple(ends), False, at, broken.why, (tuple(done), bits.text(kept)))
         ends[-1] = end  # its padding belongs to it
         done.append(segment)
@@ -348,12 +348,9 @@ def read(jpeg: Jpeg, scan: bytes) -> Scan:
     return Scan(tuple(ends), True, len(scan), "", (tuple(done), ""))
 
 
-def _stuffed(segment: bytes, count: int) -> int:
-    """Bytes of a segment that hold so many bytes without stuffing."""
-    at = 0
-    for _ in range(count):
-        at += 2 if segment[at : at + 2] == b"\xff\x00" else 1
-    return at
+def _stuffed(segment: bytes, raw: bytes, count: int) -> int:
+    """Bytes of a segment that hold the first ones of its bytes without stuffing."""
+    return min(len(segment), count + raw.count(b"\xff", 0, count))
 
 
 def mend(jpeg: Jpeg, scan: bytes) -> bytes:
