@@ -136,12 +136,6 @@ def encode_folder(
             model = trained(system, report=report)  # once, and not in every worker
         medium = coding.ready(codec, model, quality).medium  # bytes: it says itself what it takes
         wanted = medium if medium in SUFFIXES else None
-    options = {
-        "codec": codec,
-        "rate": rate,
-        "quality": quality,
-        "model": None if model is None else str(model),
-    }
 
     def place(path: Path) -> str | None:
         try:
@@ -150,13 +144,8 @@ def encode_folder(
             return None
         return path.name + SUFFIX if wanted in (None, medium) else None
 
-    return _job(
-        given,
-        out,
-        place,
-        functools.partial(_encoder, options),
-        wanted or "sound, pictures or films",
-    )
+    work = functools.partial(_encoder, codec, None if model is None else str(model), quality, rate)
+    return _job(given, out, place, work, wanted or "sound, pictures or films")
 
 
 def decode_folder(
@@ -228,9 +217,14 @@ def _job(
     return Job(left, kept, others, work)
 
 
-def _encoder(options: dict[str, Any]) -> cluster.Work:
+def _encoder(
+    codec: str, model: str | None, quality: float | None, rate: float | None
+) -> cluster.Work:
+    # a codec that was asked for is read from disk once, and not for every file
+    how: Any = {"codec": coding.ready(codec, model, quality)} if codec else {"quality": quality}
+
     def one(given: Path, out: Path) -> str:
-        return coding.encode(given, out, **options).codec
+        return coding.encode(given, out, rate=rate, **how).codec
 
     return functools.partial(_each, one)
 
