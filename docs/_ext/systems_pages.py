@@ -5,8 +5,8 @@ over the package. Both are written into the source folder before Sphinx looks fo
 both folders are ignored by git.
 """
 
+import ast
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ import isthmus
 from isthmus import registry
 from isthmus.claims import Entry, render_entry, shipped_ledger
 from isthmus.registry import SystemInfo
+
+ORPHAN = "---\norphan: true\n---\n\n"
+"""For pages that an index links to: hundreds of them in every sidebar take minutes to write."""
 
 AUTOMODULE = """\
 ```{{eval-rst}}
@@ -70,8 +73,8 @@ def system_pages() -> dict[str, str]:
             status = entry.claim.status.value if entry else "not measured yet"
             idea = cell(info.idea)
             lines.append(f"| [{info.slug}]({family}/{info.slug}.md) | {idea} | {status} |")
-            pages[f"{family}/{info.slug}.md"] = system_page(info, entry)
-        lines += ["", *toctree(f"{family}/{info.slug}" for info in members)]
+            pages[f"{family}/{info.slug}.md"] = ORPHAN + system_page(info, entry)
+        lines.append("")
     if not found:
         lines += ["There is none yet.", ""]
     return pages | {"index.md": "\n".join(lines)}
@@ -96,27 +99,29 @@ def system_page(info: SystemInfo, entry: Entry | None) -> str:
 
 def module_pages() -> dict[str, str]:
     package = Path(isthmus.__file__).parent
-    names = []
+    summaries = {}
     for path in sorted(package.rglob("*.py")):
         parts = path.relative_to(package).with_suffix("").parts
         private = any(part.startswith("_") and part != "__init__" for part in parts)
         if not private and parts[0] != "systems":
-            names.append(".".join(["isthmus", *(part for part in parts if part != "__init__")]))
-    names = sorted(names)
+            name = ".".join(["isthmus", *(part for part in parts if part != "__init__")])
+            said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+            summaries[name] = " ".join(said.partition("\n\n")[0].split())
     lines = [
         "# Reference",
         "",
         "Every public module, from its docstrings. The systems have pages of their own: "
         "[Systems](../systems/index.md).",
         "",
-        *toctree(names),
+        "| Module | |",
+        "|---|---|",
+        *(f"| [{name}]({name}.md) | {cell(said)} |" for name, said in sorted(summaries.items())),
+        "",
     ]
-    pages = {f"{name}.md": f"# {name}\n\n{AUTOMODULE.format(module=name)}" for name in names}
+    pages = {
+        f"{name}.md": f"{ORPHAN}# {name}\n\n{AUTOMODULE.format(module=name)}" for name in summaries
+    }
     return pages | {"index.md": "\n".join(lines)}
-
-
-def toctree(names: Iterable[str]) -> list[str]:
-    return ["```{toctree}", ":maxdepth: 1", "", *names, "```", ""]
 
 
 def cell(text: str) -> str:
