@@ -11,7 +11,7 @@ def untaught_coder(folder: Path, dtype: str = "float32") -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from isthmus.workbench import reference
+    from isthmus.folders import EMBEDDED
     from isthmus.workbench.tokenizer import load_tokenizer
 
     torch.manual_seed(0)
@@ -26,5 +26,5 @@ def untaught_coder(folder: Path, dtype: str = "float32") -> Path:
         eos_token_id=0,
     )
     LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
-    load_tokenizer(reference.EMBEDDED / "pycode-t").save_pretrained(folder)
+    load_tokenizer(EMBEDDED / "pycode-t").save_pretrained(folder)
     return folder

@@ -13,10 +13,10 @@ import transformers as tf
 from isthmus.api import load
 from isthmus.cli.main import main
 from isthmus.errors import BrokenFileError, InvalidInputError, MismatchError
+from isthmus.folders import EMBEDDED
 from isthmus.signals.text import read_texts
 from isthmus.systems.speculative.eagle import Eagle, Settings
 from isthmus.training.drafting import DraftTraining, Progress, Recipe, windows
-from isthmus.workbench.reference import EMBEDDED
 from isthmus.workbench.tokenizer import load_tokenizer
 
 RECIPE = Recipe(steps=8, batch_size=3, sequence_length=20, validate_every=3)

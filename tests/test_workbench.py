@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from isthmus import folders
 from isthmus.errors import BrokenFileError, InvalidInputError, MismatchError, UnknownNameError
 from isthmus.workbench import pycode, reference
 from isthmus.workbench._training import Recipe, Trainer, batches, evaluate, orthogonalize, pack
 from isthmus.workbench.tokenizer import END, end_id, load_tokenizer, train_tokenizer
 
-EMBEDDED = reference.EMBEDDED / "pycode-t"
+EMBEDDED = folders.EMBEDDED / "pycode-t"
 TINY = Recipe(
     name="tiny",
     hidden_size=16,

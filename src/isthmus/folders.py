@@ -14,6 +14,9 @@ from filelock import FileLock
 
 from isthmus.errors import BrokenFileError, InvalidInputError
 
+EMBEDDED = Path(__file__).parent / "workbench" / "embedded"
+"""Folder of the models that come with isthmus."""
+
 
 def cache_folder() -> Path:
     """The cache folder: ``ISTHMUS_CACHE``, else ``isthmus`` in the user's cache folder."""

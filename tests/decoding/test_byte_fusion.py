@@ -21,9 +21,9 @@ from isthmus.decoding.model import Model
 from isthmus.decoding.prefixes import PrefixScorer
 from isthmus.decoding.table import ListTarget, TableTarget
 from isthmus.errors import InvalidInputError
+from isthmus.folders import EMBEDDED
 from isthmus.models.hub import load_checkpoint
 from isthmus.workbench import chains
-from isthmus.workbench.reference import EMBEDDED
 
 WORDS = {b"catnip": 0.6, b"carpet": 0.3, b"cab": 0.1}
 

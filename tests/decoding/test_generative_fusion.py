@@ -8,6 +8,7 @@ import torch
 from isthmus.decoding.byte_fusion import lead_and_score
 from isthmus.decoding.model import Model
 from isthmus.decoding.prefixes import PrefixScorer
+from isthmus.folders import EMBEDDED
 from isthmus.models.hub import load_checkpoint
 from isthmus.systems.decoding.generative_fusion import (
     PROMPT,
@@ -17,7 +18,6 @@ from isthmus.systems.decoding.generative_fusion import (
     word_error_rate,
 )
 from isthmus.workbench import letters
-from isthmus.workbench.reference import EMBEDDED
 
 PLAIN = Settings(temperature=1.0, penalty=1.0)
 

@@ -9,6 +9,7 @@ import torch
 from isthmus.decoding.bytescorer import END
 from isthmus.decoding.model import Model
 from isthmus.decoding.prefixes import PrefixScorer
+from isthmus.folders import EMBEDDED
 from isthmus.models.hub import load_checkpoint
 from isthmus.systems.decoding.tokenization_bias import (
     Settings,
@@ -19,7 +20,6 @@ from isthmus.systems.decoding.tokenization_bias import (
     cut_prompts,
 )
 from isthmus.workbench import chains
-from isthmus.workbench.reference import EMBEDDED
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from isthmus.cli.main import main
 from isthmus.errors import InvalidInputError, MissingExtraError
+from isthmus.folders import EMBEDDED
 from isthmus.surgery import packed
 from isthmus.surgery.obs import Grid
 from isthmus.surgery.packed import export_packed, grid_of
-from isthmus.workbench import reference
 from isthmus.workbench.tokenizer import load_tokenizer
 
 
@@ -109,7 +109,7 @@ def test_the_door(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     LlamaForCausalLM(LlamaConfig(vocab_size=4096, hidden_size=32, **small)).save_pretrained(
         tmp_path / "model"
     )
-    load_tokenizer(reference.EMBEDDED / "pycode-t").save_pretrained(tmp_path / "model")
+    load_tokenizer(EMBEDDED / "pycode-t").save_pretrained(tmp_path / "model")
     words = ["shrink", str(tmp_path / "model"), "--method", "optimal-brain-compression"]
     words += ["--data", str(tmp_path / "texts"), "--samples", "8", "--length", "32"]
     words += ["--repeats", "0", "--set", "fast=true", "--set", "kind=quantize", "--budget", "0.25"]

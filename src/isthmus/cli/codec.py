@@ -46,7 +46,8 @@ def encode(
         codec: Name of a codec. Without it sound and pictures lose nothing, and films are coded
             as AV1, with loss; ffv1 codes films without. One that has to be trained is trained at
             the scale small the first time.
-        rate: Wanted rate, of a codec that has a choice: kbit/s of sound and films, bits per pixel.
+        rate: Highest rate wanted: kbit/s of sound and films, bits per pixel of pictures. Without
+            a codec, sound and pictures are then coded with loss, by models that come along.
         quality: Wanted quality, 0 to 100, of a codec that has such a choice; AV1 takes 50.
         model: Folder of a trained codec, made by isthmus train.
         engine: local, or ray: the files of a folder are spread over a Ray cluster, the one at

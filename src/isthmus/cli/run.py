@@ -24,7 +24,7 @@ def run(
 
     Args:
         system: Folder made by isthmus train, or the name of a system, which is then trained at
-            the scale small the first time.
+            the scale small the first time, where none comes with isthmus.
         given: The input: a text, or the path of a file; - reads a text from standard input.
         out: File to write the result to.
         json: Print one JSON object and nothing else on standard output.
@@ -61,13 +61,13 @@ def run(
 
 def _trained(system: Any, slug: str) -> Path:
     from isthmus.training.system import TrainedSystem
-    from isthmus.workbench.trained import scale_of, trained
+    from isthmus.workbench.trained import at_hand, scale_of
 
     if not issubclass(system, TrainedSystem):
         raise InvalidInputError(f"{slug} is not trained, so it runs on no input; see: isthmus show")
     steps = scale_of(system, "small").plan.steps
     with console(stderr=True).status("") as status:
-        return trained(
+        return at_hand(
             system,
             report=lambda now: status.update(
                 f"training {slug} once: step {now.step}/{steps}, loss {now.loss:.4f}"

@@ -110,7 +110,7 @@ def peers(medium: str) -> list[Peer]:
         formats: Any = require("soundfile", "codec").available_formats()
         found = [_sound("FLAC", "PCM_16", (1.0,), lossless=True)]
         levels = (0.95, 0.8, 0.6, 0.4, 0.2, 0.0)
-        opus = (0.98, 0.96, 0.93, 0.88, 0.8, 0.6)  # 6 to 256 kbit/s, linearly
+        opus = (1.0, 0.98, 0.96, 0.93, 0.88, 0.8, 0.6)  # 6 to 256 kbit/s, linearly
         found += [_sound("OGG", "VORBIS", levels), _sound("OGG", "OPUS", opus)]
         return found + ([_sound("MP3", "MPEG_LAYER_III", levels)] if "MP3" in formats else [])
     features: Any = require("PIL.features", "codec")

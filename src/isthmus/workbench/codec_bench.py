@@ -25,6 +25,7 @@ from torch import Tensor
 from isthmus.codecs.base import TrainedCodec, ids, known, lookup, pack, unpack
 from isthmus.codecs.peers import Peer, Rate, peers
 from isthmus.errors import InvalidInputError, IsthmusError
+from isthmus.folders import EMBEDDED
 from isthmus.laws.rd import Point, bd_rate
 from isthmus.metrics.images import ms_ssim, scales_of
 from isthmus.roles import Medium, Signal
@@ -166,6 +167,8 @@ def _ours(medium: str, model: str | Path | None) -> list[Peer]:
             continue  # minutes a second of film are no comparison for a bench
         trained = issubclass(system, TrainedCodec)
         ready = _own_first(known(system))[:1] if trained else [system()]
+        if trained and (EMBEDDED / system.name).is_dir():
+            ready = [next(known(system))]
         if trained and model is not None:
             with contextlib.suppress(IsthmusError):  # the folder is another system's
                 ready = [system.from_pretrained(model)]

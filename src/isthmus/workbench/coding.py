@@ -41,6 +41,9 @@ DEFAULTS = {
 SMALL = 1 << 16
 """Numbers of a signal below which the header counts, and is written short where it can be."""
 
+WITH_LOSS = {"audio": "codecs/hificodec"}
+"""What codes a medium in their place when a rate is asked for and no codec."""
+
 Heard = Callable[[int, int | None], None]
 """Told how much of a signal is done, along its running axis, and how much there is."""
 
@@ -62,9 +65,9 @@ def encode(
         given: The file.
         out: The ``.ist`` file.
         codec: Name of a codec, or one at hand; when empty, that of ``model``, or one of
-            :data:`DEFAULTS`. A codec that has to be trained is trained at the scale small the first
-            time.
-        rate: Wanted rate of a codec that has a choice.
+            :data:`DEFAULTS`, or with a rate of :data:`WITH_LOSS`. A codec that has to be trained is
+            trained at the scale small the first time.
+        rate: Wanted rate of a codec that has a choice, at most.
         quality: Wanted quality, 0 to 100, of a codec that has such a choice.
         model: Folder of a trained codec.
         heard: Told about the progress.
@@ -78,7 +81,7 @@ def encode(
     given, out = Path(given), Path(out)
     _apart(given, out)
     if isinstance(codec, str):
-        name = codec or trained_in(model) or DEFAULTS[medium_of(given)]
+        name = codec or trained_in(model) or default(given, rate)
         codec = ready(name, model, quality, report)
     elif quality is not None:
         raise InvalidInputError("a codec at hand has its quality already")
@@ -184,6 +187,17 @@ def inspect(given: str | Path) -> dict[str, Any]:
         }
 
 
+def default(given: str | Path, rate: float | None = None) -> str:
+    """Name of the codec of a file when nobody asks for one.
+
+    Args:
+        given: The file.
+        rate: Wanted rate; losing nothing has none to choose.
+    """
+    medium = medium_of(given)
+    return DEFAULTS[medium] if rate is None else WITH_LOSS.get(medium, DEFAULTS[medium])
+
+
 def trained_in(model: str | Path | None) -> str:
     """Name of the system in a folder, or nothing without a folder.
 
@@ -221,9 +235,9 @@ def ready(
         made: Codec = system(**choice)
         return made
     if model is None:
-        from isthmus.workbench.trained import trained  # a door that trains nothing opens sooner
+        from isthmus.workbench.trained import at_hand  # a door that trains nothing opens sooner
 
-        model = trained(system, report=report)
+        model = at_hand(system, report)
     found: Any = system.from_pretrained(model)
     codec: Codec = found
     return codec

@@ -24,7 +24,7 @@ from isthmus.errors import InvalidInputError, IsthmusError
 from isthmus.signals import image, video
 from isthmus.signals.files import SOUNDS, medium_of
 from isthmus.workbench import coding
-from isthmus.workbench.trained import trained
+from isthmus.workbench.trained import at_hand
 
 SUFFIX = ".ist"
 
@@ -133,7 +133,7 @@ def encode_folder(
     if codec:
         system: Any = lookup(codec)
         if model is None and issubclass(system, TrainedCodec):
-            model = trained(system, report=report)  # once, and not in every worker
+            model = at_hand(system, report)  # once, and not in every worker
         medium = coding.ready(codec, model, quality).medium  # bytes: it says itself what it takes
         wanted = medium if medium in SUFFIXES else None
 

@@ -48,15 +48,12 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 import isthmus
 from isthmus.errors import BrokenFileError, InvalidInputError, IsthmusError, UnknownNameError
-from isthmus.folders import cache_folder, check_replaceable, published, writable
+from isthmus.folders import EMBEDDED, cache_folder, check_replaceable, published, writable
 from isthmus.workbench import korean, pycode, slots
 from isthmus.workbench._tasks import MARKED, PairCourse, PromptCourse, TaskRecipe
 from isthmus.workbench._training import Progress, Recipe, Trainer, build, evaluate, pack
 from isthmus.workbench.grown import GROWTHS, grown
 from isthmus.workbench.tokenizer import end_id, load_tokenizer, train_tokenizer
-
-EMBEDDED = Path(__file__).parent / "embedded"
-"""Folder of the models that ship inside the package."""
 
 _MAKERS = (
     Recipe(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.errors import UnknownNameError
-from isthmus.folders import kept
+from isthmus.folders import EMBEDDED, kept
 from isthmus.training.data import Data
 from isthmus.training.loop import Plan, Progress
 from isthmus.training.system import CONFIG, Scale, TrainedSystem, train
@@ -25,6 +25,17 @@ def scale_of(system: type[TrainedSystem], name: str) -> Scale:
     if name not in system.scales:
         raise UnknownNameError("scale", name, system.scales)
     return system.scales[name]
+
+
+def at_hand(system: type[TrainedSystem], report: Callable[[Progress], None] | None = None) -> Path:
+    """Folder of a trained system: the one in the package, or else trained now at the scale small.
+
+    Args:
+        system: Its class.
+        report: Called after every step of a training.
+    """
+    embedded = EMBEDDED / system.name
+    return embedded if (embedded / CONFIG).exists() else trained(system, report=report)
 
 
 def trained(

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from isthmus.claims import Claim, Gate, Row, Ruler, Scale, judge
 from isthmus.errors import InvalidInputError, UnsupportedModelError
+from isthmus.folders import EMBEDDED
 from isthmus.models.hub import load_checkpoint
 from isthmus.nn.moe import ACTIVATIONS, MoE, Router
 from isthmus.nn.routers import AnalyticRouter, OracleRouter, RandomRouter
@@ -285,7 +286,7 @@ def _splits(model: Any, plan: Plan) -> Iterator[tuple[Site, Split]]:
 def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
     """Two shared and two routed of eight parts of a model of Python code, and a short tuning."""
     small = scale != "test"
-    tokenizer = load_tokenizer(reference.EMBEDDED / "pycode-t")
+    tokenizer = load_tokenizer(EMBEDDED / "pycode-t")
     if small:
         place = str(reference.reference("pycode-t"))
         model = load_checkpoint(place, dtype="float32", device="cpu").model

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from isthmus.claims import Claim, Gate, Row, Ruler, Scale, judge
 from isthmus.errors import InvalidInputError
+from isthmus.folders import EMBEDDED
 from isthmus.models.hub import load_checkpoint
 from isthmus.surgery import obs
 from isthmus.surgery.base import (
@@ -305,7 +306,7 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
         model, tokenizer = checkpoint.model, checkpoint.tokenizer
     else:
         model = build(_TINY).eval()
-        tokenizer = load_tokenizer(reference.EMBEDDED / "pycode-t")
+        tokenizer = load_tokenizer(EMBEDDED / "pycode-t")
 
     def texts(split: pycode.Split, samples: int) -> Calibration:
         found, length = pycode.texts(split), 256 if small else 64
