@@ -19,7 +19,8 @@ import isthmus
 from isthmus.cli.main import main
 from isthmus.codecs.av_bridge import missing
 from isthmus.codecs.base import pack, unpack
-from isthmus.codecs.films import Av1, Ffv1, LosslessH264
+from isthmus.codecs.container import Frame, Header
+from isthmus.codecs.films import Av1, Ffv1, LosslessH264, _Payloads
 from isthmus.errors import BrokenFileError, InvalidInputError
 from isthmus.roles import Signal
 from isthmus.signals.video import open_film, open_video
@@ -236,6 +237,27 @@ def test_mutated_films_are_refused_or_decoded() -> None:
     assert found.failures == []
     assert found.slowest_s < 5 and found.grown < 1 << 29
     assert found.refused["BrokenFileError"] > 250
+
+
+HEADER = Header(
+    Av1().id,
+    bytes(32),
+    {"medium": "video", "dtype": "uint8", "shape": [4, 3, 18, 21], "rate": "25/1"},
+    {"crf": 35},
+    {"numerics": "static"},
+    lossless=False,
+)
+
+
+def test_one_wrong_frame_is_told_once(capfd: pytest.CaptureFixture[str]) -> None:
+    """PyAV prints errors that come after a first one, instead of raising them."""
+    wrong = _Payloads([Frame(b"a"), Frame(b"b")])
+    with pytest.raises(BrokenFileError, match="another kind"):
+        wrong.read(9)
+    assert wrong.read(9) == b""
+    with pytest.raises(BrokenFileError, match="another kind"):
+        next(iter(Av1().decode(HEADER, [Frame(b"a"), Frame(b"b"), Frame(b"c")])))
+    assert "dropped" not in capfd.readouterr().err
 
 
 def test_hostile_streams_inside_whole_files(tmp_path: Path) -> None:

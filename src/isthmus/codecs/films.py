@@ -403,6 +403,7 @@ class _Payloads:
             if frame is None:
                 return b""
             if frame.kind != EMBEDDED:
+                self._frames = iter(())  # PyAV reads on, and prints what a second error drops
                 raise BrokenFileError("a film has a frame of another kind than embedded streams")
             self._now = io.BytesIO(frame.payload)
         return data
