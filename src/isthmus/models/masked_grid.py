@@ -2,10 +2,11 @@
 
 ::
 
-    codes [B, N], gaps masked ─▶ embeddings + places on the grid ─▶ blocks ─▶ logits [B, N, V]
+    codes [B, N], gaps masked ─▶ embeddings + places ─▶ 3 x 3 around each ─▶ blocks ─▶ logits
 
 It learns by cross-entropy at random gaps, of a share drawn evenly, as MaskGIT does (Chang et al.,
-2022, arXiv 2202.04200).
+2022, arXiv 2202.04200). The convolution in front of the blocks tells each place what is around it:
+attention alone takes hundreds of steps to find out which places are neighbours.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class MaskedGrid(nn.Module):
         super().__init__()
         self.size, self.mask, self.width = size, size, width
         self.embed = nn.Embedding(size + 1, width)
+        self.around = nn.Conv2d(width, width, 3, 1, 1)
         self.blocks = nn.ModuleList(Block(width, heads, 4 * width) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, size)
@@ -47,6 +49,7 @@ class MaskedGrid(nn.Module):
     def forward(self, codes: Tensor, grid: tuple[int, int]) -> Tensor:
         """Logits [B, N, V] of codes int64 [B, N] in raster order on a grid; gaps are ``mask``."""
         x = self.embed(codes) + sincos2d(grid, self.width).to(codes.device)
+        x = x + self.around(x.movedim(1, -1).unflatten(-1, grid)).flatten(2).movedim(1, -1)
         for block in self.blocks:
             x = block(x)
         out: Tensor = self.head(self.norm(x))

@@ -238,7 +238,17 @@ class VQGAN(nn.Module):
             getattr(self, f"counts{level}").copy_(1 + share)
             if level:
                 self.decoders[level].load_state_dict(self.decoders[0].state_dict())
+        self._look()
         self.begun.fill_(True)
+
+    def _look(self) -> None:
+        """Models of codes begin with what codes look like, so that levels learn from each other."""
+        books = torch.cat([getattr(self, f"centres{level}") for level in range(len(self.sizes))])
+        books = (books - books.mean(0)) / books.std().clamp(min=_DELTA)
+        for into in (self.lm.embed[0], self.masker.embed.weight[:-1]):
+            shape = (books.shape[1], into.shape[1])
+            draw = torch.Generator().manual_seed(shape[1])
+            into.copy_(books @ torch.randn(shape, generator=draw).to(books) / shape[0] ** 0.5)
 
     @torch.no_grad()
     def codes(self, x: Tensor, level: int) -> Tensor:
@@ -263,38 +273,50 @@ class VQGAN(nn.Module):
         return out
 
     def forward(
-        self, x: Tensor, level: int, *, quantised: bool = True, judged: bool = False, whole: bool
+        self,
+        x: Tensor,
+        level: int,
+        *,
+        gaps: int = 0,
+        quantised: bool = True,
+        judged: bool = False,
+        whole: bool,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of pictures [B, 3, H, W] of 0 to 1, and what to report.
 
         Args:
             x: The pictures.
-            level: Which book and decoder learn, once the encoder has.
+            level: Which book and decoder learn, and whose codes the causal model learns, once the
+                encoder has.
+            gaps: Of which level the masked model learns.
             quantised: Whether vectors become codes, while the encoder learns.
             judged: Whether the discriminator counts.
             whole: Whether the encoder and the codebook learn, rather than what comes after.
         """
+        some = x[: max(1, len(x) // 2)]  # models of codes are cheaper than the rest
         if whole:
-            z = self.encoder(x - 0.5)
+            z = self.encoder(some - 0.5)
             found = self.vq(z) if quantised else None
             y = self.decoders[0](z if found is None else found.z_q) + 0.5
-            total, told = self._losses(x, y, judged)
+            total, told = self._losses(some, y, judged)
             if found is not None:
                 total = total + 0.25 * found.commit_loss
                 told |= {"used": found.stats["used"].mean()}
             return total, told
         if not self.begun:
             self.shrink()
-        codes = self.codes(x, level)
-        some = x[: max(1, len(x) // 2)]  # models of codes are cheaper than decoders
+        every = self.codes(x, 0)
+        codes, grid, (low, high) = self.maps[level][every], every.shape[1:], self.span(level)
         total, told = self._losses(some, self.pictures(codes[: len(some)], level), judged)
-        grid, (low, high) = (codes.shape[1], codes.shape[2]), self.span(level)
         flat = codes.flatten(1)
         logits = self.lm(flat[None] + low)[0, ..., low:high]
         nats = F.cross_entropy(logits.flatten(0, 1), flat.flatten())
-        gaps = self.masker.nats(flat + low, grid, (low, high))
-        told |= {"nats": nats.detach(), "gap_nats": gaps.detach()}
-        return total + nats + gaps, told
+        span = self.span(gaps)
+        holes = self.masker.nats(
+            self.maps[gaps][every].flatten(1) + span[0], (grid[0], grid[1]), span
+        )
+        told |= {"nats": nats.detach(), "gap_nats": holes.detach()}
+        return total + nats + holes, told
 
     def _losses(self, x: Tensor, y: Tensor, judged: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """L1, the discriminator's features and judgement, and what it learns from itself."""

@@ -82,6 +82,18 @@ def plateau(step: int, warmup: int, steps: int) -> float:
     return min(_rise(step, warmup), max(0.0, fall))
 
 
+def two_plateaus(step: int, warmup: int, steps: int) -> float:
+    """:func:`plateau` over each half, for what learns in two stages of which the first then stays.
+
+    Example:
+        >>> [round(two_plateaus(s, 1, 20), 2) for s in (0, 8, 9, 10, 18, 19)]
+        [1.0, 0.67, 0.33, 1.0, 0.67, 0.33]
+    """
+    half = steps // 2
+    late = step >= half
+    return plateau(step - half * late, warmup, steps - half if late else max(1, half))
+
+
 SCHEDULES: dict[str, Schedule] = {
     "constant": constant,
     "linear": linear,
@@ -90,6 +102,7 @@ SCHEDULES: dict[str, Schedule] = {
     "inverse-sqrt": inverse_sqrt,
     "poly": poly,
     "plateau": plateau,
+    "two-plateaus": two_plateaus,
 }
 
 

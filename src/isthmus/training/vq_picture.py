@@ -3,7 +3,11 @@
 ::
 
     a share of the steps   encoder, codebook, decoder         L1, features, adversary, commitment
-    the rest               book and decoder of one level in turn; models of its codes
+    the rest               book and decoder of one level in turn; models of codes
+
+All levels take equal turns, or else the codes of a small book could cost more than those of a large
+one whose model has learnt for longer. The model that fills gaps learns the whole codebook in every
+second step: gaps in that one are the hardest to fill.
 """
 
 from __future__ import annotations
@@ -61,18 +65,17 @@ class VQPictureLearner:
         self.identity = {"settings": asdict(told), "data": data.fingerprint}  # type: ignore[call-overload]
         self._seen: dict[int, Tensor] = {}
 
-    def batch(self, part: int) -> tuple[Tensor, int, dict[str, bool]]:
+    def batch(self, part: int) -> tuple[Tensor, int, dict[str, Any]]:
         """Crops of 0 to 1, [B, 3, side, side], the level that learns, and what else counts."""
         s, done = self.told, part / (self.plan.steps * self.plan.accumulate)
         rows = drawn(range(len(self.train)), s.batch_size, part, self.plan.seed)
         draw = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + part)
         crops = [self._crop(self._picture(row), draw) for row in rows]
         whole = done < s.whole
-        how = {"whole": whole, "judged": done >= s.judged_from}
+        how: dict[str, Any] = {"whole": whole, "judged": done >= s.judged_from}
         how["quantised"] = not whole or done >= s.quantised_from
-        # every second batch is of the whole codebook: it has the most to learn
-        rest = len(s.sizes) - 1
-        level = 1 + part // 2 % rest if part % 2 and rest else 0
+        level = part // 2 % len(s.sizes)
+        how["gaps"] = level * (part % 2)
         return torch.stack(crops).float() / 255, level, how
 
     def _picture(self, row: int) -> Tensor:
@@ -94,7 +97,7 @@ class VQPictureLearner:
         crop = picture[:, y : y + side, x : x + side]
         return crop.flip(2) if int(torch.randint(2, (), generator=draw)) else crop
 
-    def loss(self, batch: tuple[Tensor, int, dict[str, bool]]) -> Loss:
+    def loss(self, batch: tuple[Tensor, int, dict[str, Any]]) -> Loss:
         """Of one batch."""
         x, level, how = batch
         total, told = self.module(x, level, **how)

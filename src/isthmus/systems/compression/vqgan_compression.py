@@ -81,7 +81,7 @@ class Settings:
         quantised_from: Share after which vectors become codes.
         judged_from: Share after which the discriminator counts.
         side: Of a crop; models of codes see so much at once.
-        batch_size: Crops of a batch.
+        batch_size: Crops of a batch; the autoencoder learns from half of them.
     """
 
     widths: tuple[int, ...] = (128, 256, 256, 512)
@@ -145,8 +145,9 @@ class VqganCompression(TrainedCodec):
         "small": Scale(
             Settings((24, 48, 64), 32, (256, 128, 64, 32, 16, 8), judge=12, adversarial=0.02,
                      features=0.1, decay=0.95, dead_below=0.01, start=24, lm=(96, 2, 4, 256),
-                     masker=(128, 3, 4), whole=0.45, judged_from=0.5, side=64),
-            replace(_ADAM, steps=1600, learning_rate=1e-3, warmup_steps=50, validate_every=1600),
+                     masker=(128, 3, 4), whole=0.5, judged_from=0.5, side=64),
+            replace(_ADAM, steps=3200, schedule="two-plateaus", learning_rate=2e-3,
+                    warmup_steps=50, validate_every=3200),
             "workbench:scenes-64",
         ),
         "paper": Scale(
@@ -384,5 +385,8 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
             f"{len(judged)} scenes of {judged.shape[-1]} pixels, f = {s.factor}; rates and PSNR of "
             f"sheets of {sheets.shape[-1]} pixels, without headers; losses picture by picture",
             "remapping alone goes through the decoder of K, which learnt for longer than any other",
+            "changed after a first look (0.38 dB, -0.19 dB, K' = 128 dearer than K = 256): levels "
+            "learn in equal turns, models of codes begin with what codes look like, a convolution "
+            "stands before the masked Transformer, the rate falls in both stages, 3200 steps",
         ),
     )
