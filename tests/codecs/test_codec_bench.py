@@ -30,18 +30,20 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         0, 0.01, 16_000
     )
     soundfile.write(folder / "a.wav", tone, 16_000, subtype="PCM_16")
+    Image.fromarray(slope.clip(0, 255).astype(np.uint8)[..., 0]).save(folder / "grey.png")
     return folder
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.wav"])
+@pytest.mark.parametrize("name", ["a.png", "grey.png", "a.wav"])
 def test_all_coders_in_one_run(files: Path, name: str) -> None:
     found = bench([files / name])
-    ours = "isthmus lossless-image" if name == "a.png" else "isthmus lossless-audio"
+    ours = "isthmus lossless-audio" if name == "a.wav" else "isthmus lossless-image"
     assert ours in found.curves and len(found.curves) >= 4
     for coder, points in found.curves.items():
         exact = coder in (ours, "FLAC") or "lossless" in coder
         assert all(math.isinf(p.quality) == exact for p in points), coder
         assert [p.rate for p in points] == sorted(p.rate for p in points)
+    assert not found.left_out
     if name == "a.png":
         assert found.anchor == "JPEG" and found.bd.get("WEBP", 0) < 20
 

@@ -240,6 +240,8 @@ def _point(
         if peer.medium == "audio":
             qualities.append(closeness(whole, decoded, int(rate)))
             continue
+        if image and len(decoded) == len(whole) + 2:  # WebP has no grey: three planes alike
+            decoded = torch.cat([decoded[1:2], decoded[3:]])
         if peer.medium == "video":
             whole, decoded = rgb(whole), decoded if peer.learnt else rgb(decoded)
         qualities.append(psnr(whole, decoded))
