@@ -1,11 +1,14 @@
 """The fast target: a supported model run by one compiled kernel instead of module by module.
 
 It is a :class:`~isthmus.decoding.target.HubTarget` with the same sessions and the same cache; only
-the forward of a session is another one. Weights are read where transformers has them, so nothing is
-held twice, and in the dtype they have; arithmetic is float32 throughout, which in bfloat16 rounds
-less than the model itself. That both agree is checked when the target is made.
+the forward of a session is another one. Weights have the dtype that they have in transformers;
+arithmetic is float32 throughout, which in bfloat16 rounds less than the model itself. That both
+agree is checked when the target is made.
 
-Weights may change in place or be moved; hooks that are put on modules later are not run.
+Weights of more than :data:`TWICE` bytes are read where transformers has them. Those of smaller
+models are copied into the order in which a product of many nodes costs least. Weights may change in
+place or be moved: the next session lays them out again. What no version of a parameter counts, such
+as writing to ``parameter.data``, needs a new target. Hooks put on modules later are not run.
 
 An encoder-decoder model is three programs: its encoder, the keys and values that its decoder reads
 of the encoder's output (both once for each source), and its decoder.

@@ -1,12 +1,12 @@
 /* One forward of a transformer decoder on N nodes: the operations of a program, run in order.
  *
- * Weights stay where they are and as they are (float32, bfloat16 or int8 with a scale a row);
- * arithmetic is float32. Every sum is taken in an order that depends on nothing but what is
- * summed: not on the number of nodes, nor on the slot that a key sits in. So a token tree, a chain
- * and single tokens give the same numbers, bit for bit.
+ * Weights are float32, bfloat16 or int8 with a scale a row, where they are or, of small models, laid
+ * out in panels; arithmetic is float32. Every sum is taken in an order that depends on nothing but
+ * what is summed: not on the number of nodes, nor on the slot that a key sits in. So a token tree, a
+ * chain and single tokens give the same numbers, bit for bit.
  *
- * Batch-1 decoding is bound by reading the weights, hence the two rules here: a row of weights is
- * read once for all nodes, and the next rows are fetched while these are multiplied.
+ * Batch-1 decoding is bound by reading the weights, hence the two rules here: a weight is read once
+ * for all nodes, and the next ones are fetched while these are multiplied.
  */
 #include <math.h>
 #include <stdint.h>

@@ -1,7 +1,8 @@
 """Transformers as programs: the operations of one forward, in the order of the kernel.
 
-A program is a list of operations on a few buffers, one row a node. It holds no copy of the
-weights, only where they are. :mod:`isthmus.decoding.lower` reads programs off models.
+A program is a list of operations on a few buffers, one row a node. It knows where the weights are
+and holds a copy of them only where they are laid out (:meth:`Program.lay_out`).
+:mod:`isthmus.decoding.lower` reads programs off models.
 
 ::
 
