@@ -1110,7 +1110,7 @@ int64_t isthmus_scratch(int64_t N, int64_t slots, int64_t widest, int64_t head_d
   return product > attention ? product : attention;
 }
 
-/* What the caller has to agree on: lanes of a vector, sizes of the two structures. */
+/* What the caller has to agree on: lanes of a vector, width of a panel, sizes of the two structures. */
 int64_t isthmus_lanes(void) { return LANES; }
 int64_t isthmus_panel(void) { return PANEL; }
 int64_t isthmus_op_size(void) { return sizeof(Op); }

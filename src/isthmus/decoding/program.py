@@ -48,6 +48,9 @@ ACTIVATIONS = {
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
+PANEL = 64
+"""Outputs side by side in a panel, as the kernel has it."""
+
 STREAM, NORMED, HEADS, INNER, LOGITS, SPREADS = range(6)
 """Buffers: residual stream, its norm or the attention's output, [q | k | v], MLP, logits, and what
 relative positions add to scores."""
@@ -253,10 +256,6 @@ WEIGHTS = (("weight", "panels", "scale"), ("gate", "gate_panels", "gate_scale"))
 def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
     """How often each was changed in place; tensors of inference mode do not count, nor change."""
     return [0 if t.is_inference() else t._version for t in tensors]
-
-
-PANEL = 64
-"""Outputs side by side in a panel, as the kernel has it."""
 
 
 def panels(weight: torch.Tensor) -> torch.Tensor:
