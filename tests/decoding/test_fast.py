@@ -14,10 +14,11 @@ import transformers as tf
 from tiny import MAKERS
 
 import isthmus
-from isthmus.decoding import native
+from isthmus.decoding import fast, native
 from isthmus.decoding.exact import ExactTarget
 from isthmus.decoding.fast import FastTarget, best_target
 from isthmus.decoding.model import Model
+from isthmus.decoding.program import panels
 from isthmus.decoding.target import HubTarget
 from isthmus.decoding.tree import TokenTree, Topology, chain_topology
 from isthmus.errors import InvalidInputError, UnsupportedModelError
@@ -46,6 +47,21 @@ def make(name: str, dtype: torch.dtype = torch.float32) -> Any:
                 torch.nn.init.normal_(parameter)
         return model.to(dtype).eval()
     return MAKERS[name]().to(dtype).eval()
+
+
+def wide_llama() -> Any:
+    """Its widths fill vectors of int8."""
+    torch.manual_seed(3)
+    return tf.LlamaForCausalLM(
+        tf.LlamaConfig(
+            vocab_size=64,
+            hidden_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=192,
+        )
+    ).eval()
 
 
 @pytest.fixture
@@ -185,28 +201,28 @@ def test_embed_and_head_of_bfloat16_weights_are_float32() -> None:
     assert torch.equal(session.score(TokenTree.root(torch.tensor([5]))).logits, first)
 
 
-def test_int8_is_the_model_with_rounded_weights_and_nothing_else() -> None:
+def test_int8_is_the_model_with_rounded_weights_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = make("Qwen2")
     target = FastTarget(model)
     tokens = torch.arange(1, 12)[None]
     with pytest.raises(UnsupportedModelError, match="multiples"):
         target.to_int8()  # 48 values do not fill vectors of four times eight
-    wide = tf.LlamaForCausalLM(
-        tf.LlamaConfig(
-            vocab_size=64,
-            hidden_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            intermediate_size=192,
-        )
-    ).eval()
+    wide = wide_llama()
     target = FastTarget(wide)
     before = target.session(1).score(TokenTree(tokens, chain_topology(11))).logits
     target.to_int8()
     assert check_target(target) == 0.0
     after = target.session(1).score(TokenTree(tokens, chain_topology(11))).logits
     assert 0 < float((after - before).abs().max() / before.std()) < 0.2
+    monkeypatch.setattr(fast, "TWICE", 0)
+    rows = FastTarget(wide)
+    rows.to_int8()
+    assert target.lowered.decoder.laid and not rows.lowered.decoder.laid
+    assert check_target(rows) == 0.0
+    stays = rows.session(1).score(TokenTree(tokens, chain_topology(11))).logits
+    torch.testing.assert_close(after, stays, rtol=1e-4, atol=1e-5)
     for module in wide.modules():  # the same rounding, done by hand
         if isinstance(module, torch.nn.Linear):
             scale = module.weight.data.abs().amax(1, keepdim=True) / 127
@@ -322,9 +338,44 @@ def test_room_for_many_nodes_is_room_for_fewer(two_threads: None) -> None:
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_stay_where_they_are_give_the_same_function(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make(name, dtype)
+    laid = FastTarget(model)
+    monkeypatch.setattr(fast, "TWICE", 0)
+    target = FastTarget(model)
+    assert laid.lowered.decoder.laid and not target.lowered.decoder.laid
+    assert check_target(target, rounds=5) == 0.0  # not one bit
+    text = torch.randint(0, 64, (1, 40), generator=torch.Generator().manual_seed(1))
+    found = [
+        each.session(1).score(TokenTree(text, chain_topology(40))).logits for each in (laid, target)
+    ]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_panels_hold_every_weight_once() -> None:
+    weight = torch.randn(130, 16, generator=torch.Generator().manual_seed(1))
+    laid = panels(weight)
+    assert laid.shape == (3, 16, 64) and laid[2, :, 2:].abs().sum() == 0
+    for row in (0, 63, 64, 129):
+        assert torch.equal(laid[row // 64, :, row % 64], weight[row])
+
+
+@pytest.mark.parametrize("kind", ["panels", "rows", "int8 panels", "int8 rows"])
 @pytest.mark.skipif("avx2" not in " ".join(native._processor()), reason="needs a PC with AVX2")
-def test_wide_registers_hold_the_sums_of_narrow_ones(tmp_path: Path) -> None:
+def test_wide_registers_hold_the_sums_of_narrow_ones(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind.endswith("rows"):
+        monkeypatch.setattr(fast, "TWICE", 0)
     target = FastTarget(make("Llama", torch.bfloat16))
+    if kind.startswith("int8"):
+        target = FastTarget(wide_llama())
+        target.to_int8()
+        assert bool(target.lowered.decoder.laid) == (kind == "int8 panels")
     narrow = tmp_path / "narrow.so"
     flags = ["-O2", "-march=x86-64-v3", "-ffp-contract=off", "-fPIC", "-shared"]
     subprocess.run(["cc", *flags, str(native.SOURCE), "-o", str(narrow), "-lm"], check=True)

@@ -243,6 +243,9 @@ class SlotCache:
                 self.pos[:, start : self.used] = torch.arange(first, last, device=self.device)
                 self.live[:, start : self.used] = True
             return
+        if self.dense and path.shape[1] == 1 and not bool(path.any()):  # every row keeps its root
+            self.lengths, self.used = [n + 1 for n in self.lengths], start + 1
+            return
         kept = path >= 0
         counts = kept.sum(1).tolist()
         width = max(counts)

@@ -54,6 +54,9 @@ from isthmus.roles import (
 PREFILL_TOKENS = 512
 """Prompt tokens that are read between two rounds of the rows at work: bounds their wait."""
 
+UNDRAFTED = RoundTrace("none", 0, 0, 1)
+"""What every round of plain decoding leaves behind, the same for all rows."""
+
 PATIENCE = 8
 """Rounds after which rows join or leave though they are less than a quarter of the batch."""
 
@@ -413,17 +416,19 @@ class _Loop:
         context = self.context
         tokens, steps, finals = tree.tokens.tolist(), path.tolist(), final.tolist()
         drafted, ids = tree.drafted(), context.ids.numpy()  # on the CPU: a view
-        emitted, accepted, keep, cut = [], [], [], False
+        emitted, accepted, keep, cut, plain = [], [], [], False, tree.nodes == 1
         for b, index in enumerate(context.requests):
             request = self.requests[index]
-            walked = [node for node in steps[b] if node >= 0]
+            walked = steps[b] if plain else [node for node in steps[b] if node >= 0]
             depth = len(walked)
             accepted.append(depth - 1)
             if request.result.finish_reason:
                 keep.append(0)
                 cut = True
                 continue
-            new = [*(tokens[b][node] for node in walked[1:]), finals[b]]
+            new = [finals[b]]
+            if depth > 1:
+                new = [*(tokens[b][node] for node in walked[1:]), *new]
             kept = request.stopper.cut(request.result.tokens, new)
             new = new[:kept]
             n = context.lengths[b]
@@ -462,6 +467,9 @@ class _Loop:
         stats = result.stats
         stats.new_tokens += emitted
         stats.target_forwards += 1
+        if tree.nodes == 1 and emitted == 1:
+            result.rounds.append(UNDRAFTED)
+            return
         stats.drafted += drafted
         stats.accepted += accepted
         detail: dict[str, Any] = {}

@@ -1,11 +1,14 @@
 """The fast target: a supported model run by one compiled kernel instead of module by module.
 
 It is a :class:`~isthmus.decoding.target.HubTarget` with the same sessions and the same cache; only
-the forward of a session is another one. Weights are read where transformers has them, so nothing is
-held twice, and in the dtype they have; arithmetic is float32 throughout, which in bfloat16 rounds
-less than the model itself. That both agree is checked when the target is made.
+the forward of a session is another one. Weights have the dtype that they have in transformers;
+arithmetic is float32 throughout, which in bfloat16 rounds less than the model itself. That both
+agree is checked when the target is made.
 
-Weights may change in place or be moved; hooks that are put on modules later are not run.
+Weights of more than :data:`TWICE` bytes are read where transformers has them. Those of smaller
+models are copied into the order in which a product of many nodes costs least. Weights may change in
+place or be moved: the next session lays them out again. What no version of a parameter counts, such
+as writing to ``parameter.data``, needs a new target. Hooks put on modules later are not run.
 
 An encoder-decoder model is three programs: its encoder, the keys and values that its decoder reads
 of the encoder's output (both once for each source), and its decoder.
@@ -29,6 +32,9 @@ from isthmus.decoding.target import HubTarget, SlotSession, tolerance
 from isthmus.decoding.tree import TokenTree, Topology
 from isthmus.errors import UnsupportedModelError
 from isthmus.roles import Features, Scores, Session, Taps
+
+TWICE = 256 * 2**20
+"""Bytes of weights up to which they are held a second time, in the kernel's own order."""
 
 
 class FastTarget(HubTarget):
@@ -93,6 +99,9 @@ class FastTarget(HubTarget):
         windows = [(self.window or 0) if kind == "sliding" else 0 for kind in self.kinds]
         try:
             self.lowered = lower(self.model, windows)
+            if sum(p.nbytes for p in self.model.parameters()) <= TWICE:
+                for program in self.lowered.programs:
+                    program.lay_out()
             self._start()
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{name} has no fast forward: {error}") from error
@@ -158,7 +167,7 @@ class FastTarget(HubTarget):
             last = self.encoder.program.layers + 1
             shape = *tokens.shape, self.encoder.program.hidden_size
             states = torch.zeros(shape, dtype=torch.float32)
-            for rows, width in alike(tokens, mask):
+            for rows, width in alike(tokens, mask, CLOSE):
                 part = tokens[rows, :width]
                 seen = None if mask is None else mask[rows, :width]
                 store = self._store(self.encoder, 1, len(rows), width, seen)
@@ -214,13 +223,19 @@ class FastTarget(HubTarget):
 ENOUGH = 128
 """Source tokens that are worth a forward of their own: two tiles of the kernel's."""
 
+CLOSE = 256
+"""Source tokens whose states, up to the widest ones, stay in a second-level cache."""
 
-def alike(source: torch.Tensor, mask: torch.Tensor | None) -> list[tuple[torch.Tensor, int]]:
+
+def alike(
+    source: torch.Tensor, mask: torch.Tensor | None, most: int | None = None
+) -> list[tuple[torch.Tensor, int]]:
     """Rows of a source [B, T, ...] in groups of like length, so that little padding is computed.
 
     Args:
         source: What has rows and tokens.
         mask: Tokens that are seen [B, T]; None is all.
+        most: Tokens of a group, where it has more than one row; None is any number.
 
     Returns:
         For each group its rows, int64, and the width that holds their tokens.
@@ -232,7 +247,7 @@ def alike(source: torch.Tensor, mask: torch.Tensor | None) -> list[tuple[torch.T
     """
     batch, count = source.shape[:2]
     if mask is None or batch == 1:
-        return [(torch.arange(batch), count)]
+        return [(rows, count) for rows in _shared(torch.arange(batch), count, most)]
     ends = ((mask > 0) * torch.arange(1, count + 1)).amax(1).clamp(min=1)
     width, rows = ends.sort(descending=True, stable=True)
     widths, cuts = width.tolist(), [0]
@@ -241,7 +256,17 @@ def alike(source: torch.Tensor, mask: torch.Tensor | None) -> list[tuple[torch.T
         if widths[row] < first and (row - cuts[-1]) * first >= ENOUGH:
             cuts.append(row)
     parts = rows.tensor_split(cuts[1:])
-    return [(part.sort().values, widths[cut]) for part, cut in zip(parts, cuts, strict=True)]
+    return [
+        (some.sort().values, widths[cut])
+        for part, cut in zip(parts, cuts, strict=True)
+        for some in _shared(part, widths[cut], most)
+    ]
+
+
+def _shared(rows: torch.Tensor, width: int, most: int | None) -> list[torch.Tensor]:
+    """Rows of one width in as few equal groups as hold up to ``most`` tokens each."""
+    each = len(rows) if most is None else max(1, most // max(1, width))
+    return list(rows.tensor_split(max(1, -(-len(rows) // max(1, each)))))
 
 
 def in_order(seen: torch.Tensor) -> torch.Tensor:

@@ -832,7 +832,7 @@ def _is_ids(prompt: Sequence[Any]) -> bool:
 
 def own_loop(drafter: str | Policy) -> Any:
     """The system of that name or folder, if it has a decoding loop of its own."""
-    if not isinstance(drafter, str):
+    if not isinstance(drafter, str) or drafter in BUILT_IN:  # reading folders takes milliseconds
         return None
     slug = read_config(drafter)["system"] if Path(drafter).is_dir() else drafter
     if slug not in registry.slugs("speculative"):

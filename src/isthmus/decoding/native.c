@@ -1,12 +1,12 @@
 /* One forward of a transformer decoder on N nodes: the operations of a program, run in order.
  *
- * Weights stay where they are and as they are (float32, bfloat16 or int8 with a scale a row);
- * arithmetic is float32. Every sum is taken in an order that depends on nothing but what is
- * summed: not on the number of nodes, nor on the slot that a key sits in. So a token tree, a chain
- * and single tokens give the same numbers, bit for bit.
+ * Weights are float32, bfloat16 or int8 with a scale a row, where they are or, of small models, laid
+ * out in panels; arithmetic is float32. Every sum is taken in an order that depends on nothing but
+ * what is summed: not on the number of nodes, nor on the slot that a key sits in. So a token tree, a
+ * chain and single tokens give the same numbers, bit for bit.
  *
- * Batch-1 decoding is bound by reading the weights, hence the two rules here: a row of weights is
- * read once for all nodes, and the next rows are fetched while these are multiplied.
+ * Batch-1 decoding is bound by reading the weights, hence the two rules here: a weight is read once
+ * for all nodes, and the next ones are fetched while these are multiplied.
  */
 #include <math.h>
 #include <stdint.h>
@@ -51,6 +51,8 @@ typedef struct {
   int32_t mean, store;                /* NORM: subtract the mean; ATTEND: which store */
   int32_t whole, biased;              /* ATTEND: all that is stored and no node, ROTATE: nodes are all
                                          that is stored; ATTEND: add SPREAD's table */
+  const void *panels, *gate_panels;   /* of a LINEAR whose weights were laid out for it, or null:
+                                         [O / PANEL, K, PANEL], the last panel filled with zeros */
 } Op;
 
 /* Keys and values of all layers. */
@@ -429,6 +431,111 @@ WIDE_PRODUCT(product_bf16, wide_bf16, 2)
 WIDE_PRODUCT(product_i8, wide_i8, 4)
 #endif
 
+/* ---- panels ---------------------------------------------------------------------------------
+ *
+ * Weights that were laid out beforehand: PANEL outputs lie side by side, value by value of K. A
+ * register holds the sums of as many outputs as it has lanes, each taken value after value, so that
+ * nothing depends on how wide registers are, and nothing has to be added up across lanes. DEEP values
+ * of a panel stay in the first-level cache until a band of nodes has met them; the panel that comes
+ * next is fetched meanwhile.
+ */
+enum { PANEL = 64, DEEP = 256, BAND = 96, ROUND = 6 };
+
+#ifdef WIDE
+typedef wf pf;
+#define PANEL_LOAD load_wide
+#define PANEL_STORE store_wide
+#define PANEL_FMA fma_wide
+static inline pf panel_splat(float x) { return (wf)_mm512_set1_ps(x); }
+static inline pf panel_bf16(const uint16_t *w) {
+  return (wf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)w)), 16);
+}
+static inline pf panel_i8(const int8_t *w) {
+  return (wf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)w)));
+}
+enum { SIDE = 4 };
+#else
+typedef vf pf;
+#define PANEL_LOAD load
+#define PANEL_STORE store
+#define PANEL_FMA fma_
+static inline pf panel_splat(float x) { return splat(x); }
+static inline pf panel_bf16(const uint16_t *w) {
+  vf v; for (int i = 0; i < LANES; i++) v[i] = from_bf16(w[i]); return v;
+}
+static inline pf panel_i8(const int8_t *w) {
+  vf v; for (int i = 0; i < LANES; i++) v[i] = w[i]; return v;
+}
+enum { SIDE = 2 };
+#endif
+static inline pf panel_f32(const float *w) { return PANEL_LOAD(w); }
+enum { STRIP = SIDE * sizeof(pf) / sizeof(float) };  /* outputs whose sums fit the registers */
+
+/* y [R, STRIP] = x [R, count] times as many values of a strip of a panel, added to y where it is
+ * open; a line of what `next` points to is fetched with each of them, where step is not 0. */
+#define PANEL_BLOCK(NAME, TYPE, R)                                                               \
+  static inline void NAME##_##R(const float *x, int64_t xs, const TYPE *w, int64_t count,        \
+                                float *y, int open, const char *next, int64_t step) {            \
+    enum { W = sizeof(pf) / sizeof(float) };                                                     \
+    pf a[R][SIDE];                                                                               \
+    UNROLL for (int r = 0; r < R; r++)                                                           \
+      UNROLL for (int v = 0; v < SIDE; v++)                                                      \
+        a[r][v] = open ? PANEL_LOAD(y + r * PANEL + v * W) : panel_splat(0.0f);                  \
+    for (int64_t k = 0; k < count; k++, w += PANEL, next += step) {                              \
+      pf part[SIDE];                                                                             \
+      UNROLL for (int v = 0; v < SIDE; v++) part[v] = NAME(w + v * W);                           \
+      if (step) __builtin_prefetch(next, 0, 2);                                                  \
+      UNROLL for (int r = 0; r < R; r++) {                                                       \
+        pf value = panel_splat(x[r * xs + k]);                                                   \
+        UNROLL for (int v = 0; v < SIDE; v++) a[r][v] = PANEL_FMA(value, part[v], a[r][v]);      \
+      }                                                                                          \
+    }                                                                                            \
+    UNROLL for (int r = 0; r < R; r++)                                                           \
+      UNROLL for (int v = 0; v < SIDE; v++) PANEL_STORE(y + r * PANEL + v * W, a[r][v]);         \
+  }
+
+#define PANEL_CASE(NAME, R) case R: NAME##_##R(xn, K, ws, count, yn, from > 0, now, step); break;
+
+/* y [N, PANEL] = x [N, K] times one panel, N up to BAND; `next` is the panel to fetch, or null. */
+#define PANEL_PRODUCT(NAME, TYPE)                                                                \
+  PANEL_BLOCK(NAME, TYPE, 1) PANEL_BLOCK(NAME, TYPE, 2) PANEL_BLOCK(NAME, TYPE, 3)               \
+  PANEL_BLOCK(NAME, TYPE, 4) PANEL_BLOCK(NAME, TYPE, 5) PANEL_BLOCK(NAME, TYPE, 6)               \
+  static void NAME##_product(const float *x, int64_t K, int64_t N, const TYPE *w, float *y,      \
+                             const char *next) {                                                 \
+    int64_t tiles = (N + ROUND - 1) / ROUND, lines = next ? K * (int64_t)sizeof(TYPE) : 0;       \
+    for (int64_t from = 0, count; from < K; from += count) {                                     \
+      count = K - from < DEEP ? K - from : DEEP;                                                 \
+      for (int64_t n = 0, c, t = 0; n < N; n += c, t++) {                                        \
+        c = (N - n + tiles - t - 1) / (tiles - t);                                               \
+        for (int64_t s = 0; s < PANEL; s += STRIP) {                                             \
+          const float *xn = x + n * K + from;                                                    \
+          const TYPE *ws = w + from * PANEL + s;                                                 \
+          float *yn = y + n * PANEL + s;                                                         \
+          const char *now = next;                                                                \
+          int64_t step = lines > 0 ? 64 : 0;                                                     \
+          switch (c) {                                                                           \
+            PANEL_CASE(NAME, 1) PANEL_CASE(NAME, 2) PANEL_CASE(NAME, 3)                          \
+            PANEL_CASE(NAME, 4) PANEL_CASE(NAME, 5) PANEL_CASE(NAME, 6)                          \
+          }                                                                                      \
+          next += count * step;                                                                  \
+          lines -= count;                                                                        \
+        }                                                                                        \
+      }                                                                                          \
+    }                                                                                            \
+  }
+
+PANEL_PRODUCT(panel_f32, float)
+PANEL_PRODUCT(panel_bf16, uint16_t)
+PANEL_PRODUCT(panel_i8, int8_t)
+
+static void multiply_panel(const float *x, int64_t K, int64_t N, const void *panels, int64_t p,
+                           int dtype, float *y, const char *next) {
+  const char *w = (const char *)panels + p * PANEL * K * SIZES[dtype];
+  if (dtype == FLOAT32) panel_f32_product(x, K, N, (const float *)w, y, next);
+  if (dtype == BFLOAT16) panel_bf16_product(x, K, N, (const uint16_t *)w, y, next);
+  if (dtype == INT8) panel_i8_product(x, K, N, (const int8_t *)w, y, next);
+}
+
 /* x [N, K] as products want it, at out or where it is; `paired` for registers of two nodes. */
 static const float *dealt_out(const float *x, int64_t K, int64_t N, int dtype, int paired,
                               float *out) {
@@ -544,8 +651,15 @@ static void normalize(const float *x, float *y, int64_t D, const Op *op, const v
     squares += v * v;
   }
   float inverse = 1.0f / sqrtf(sum(squares) / D + op->eps);
-  for (int64_t d = 0; d < D; d++) y[d] = (x[d] - mean) * inverse * read_as(weight, d, op->dtype);
-  if (op->bias)
+  if (op->dtype == FLOAT32)
+    for (int64_t d = 0; d < D; d += LANES)
+      store(y + d, (load(x + d) - mean) * inverse * load((const float *)weight + d));
+  else
+    for (int64_t d = 0; d < D; d++) y[d] = (x[d] - mean) * inverse * read_as(weight, d, op->dtype);
+  if (op->bias && op->bias_dtype == FLOAT32)
+    for (int64_t d = 0; d < D; d += LANES)
+      store(y + d, load(y + d) + load((const float *)op->bias + d));
+  else if (op->bias)
     for (int64_t d = 0; d < D; d++) y[d] += read_as(op->bias, d, op->bias_dtype);
 }
 
@@ -598,7 +712,70 @@ static void complete(const Op *op, int64_t N, int64_t first, int64_t rows, int64
   }
 }
 
-static int64_t linear(const Op *op, const Call *call, Pieces *pieces, float *scratch) {
+/* The same for N nodes of one panel, whose row of the target has room for `rows` of them. */
+static inline void complete_as(const Op *op, int64_t N, int64_t rows, const float *out,
+                               const float *more, const float *bias, const float *scales,
+                               float *y, int gated, int kind, int add) {
+  for (int64_t n = 0; n < N; n++, out += PANEL, more += PANEL, y += op->stride) {
+    float rest[PANEL], *to = rows == PANEL ? y : rest;
+    if (to != y && add) memcpy(rest, y, rows * sizeof(float));
+    for (int r = 0; r < PANEL; r += LANES) {
+      vf v = load(out + r);
+      if (op->scale) v *= load(scales + r);
+      if (op->factor) v *= op->factor;
+      if (op->bias) v += load(bias + r);
+      if (gated) v *= activate(op->scale ? load(more + r) * load(scales + PANEL + r) : load(more + r), kind);
+      else if (kind) v = activate(v, kind);
+      store(to + r, add ? load(to + r) + v : v);
+    }
+    if (to != y) memcpy(y, rest, rows * sizeof(float));
+  }
+}
+
+static void complete_panel(const Op *op, int64_t N, int64_t first, int64_t rows, const float *out,
+                           const float *more, float *y) {
+  float bias[PANEL] = {0}, scales[2 * PANEL] = {0};
+  for (int64_t r = 0; op->bias && r < rows; r++)
+    bias[r] = read_as(op->bias, first + r, op->bias_dtype);
+  if (op->scale) memcpy(scales, op->scale + first, rows * sizeof(float));
+  if (op->gate_scale) memcpy(scales + PANEL, op->gate_scale + first, rows * sizeof(float));
+  y += first;
+  if (op->gate) complete_as(op, N, rows, out, more, bias, scales, y, 1, op->activation, op->add);
+  else if (op->activation == RELU && !op->add) complete_as(op, N, rows, out, more, bias, scales, y, 0, RELU, 0);
+  else if (op->activation) complete_as(op, N, rows, out, more, bias, scales, y, 0, op->activation, op->add);
+  else if (op->add) complete_as(op, N, rows, out, more, bias, scales, y, 0, NONE, 1);
+  else complete_as(op, N, rows, out, more, bias, scales, y, 0, NONE, 0);
+}
+
+/* The same with weights that were laid out in panels: many nodes band by band, each against a group
+ * of panels, so that what is read and written lies close together. */
+static int64_t linear_panels(const Op *op, const Call *call, Pieces *pieces, float *scratch,
+                             const Op *after) {
+  int64_t N = call->batch * call->nodes, K = op->in_width, O = op->out_width;
+  int64_t panels = (O + PANEL - 1) / PANEL, together = N > BAND ? 4 : 1;
+  if (panels < call->threads * together) together = 1;
+  int64_t groups = (panels + together - 1) / together;
+  float *y = call->buffers[op->target] + op->offset, *out = scratch, *more = out + BAND * PANEL;
+  for (int64_t g; (g = take(pieces)) < groups; finish(pieces, 1))
+    for (int64_t n = 0; n < N; n += BAND) {
+      int64_t count = N - n < BAND ? N - n : BAND, last = (g + 1) * together;
+      const float *x = call->buffers[op->source] + n * K;
+      for (int64_t p = g * together; p < panels && p < last; p++) {
+        int64_t first = p * PANEL, rows = O - first < PANEL ? O - first : PANEL;
+        int64_t ahead = p + (together > 1 ? 1 : call->threads);  /* what this thread takes next */
+        const char *next = ahead < panels
+            ? (const char *)op->panels + ahead * PANEL * K * SIZES[op->dtype] : after->panels;
+        multiply_panel(x, K, count, op->panels, p, op->dtype, out, N > FEW && !n ? next : 0);
+        if (op->gate) multiply_panel(x, K, count, op->gate_panels, p, op->dtype, more, 0);
+        complete_panel(op, count, first, rows, out, more, y + n * op->stride);
+      }
+    }
+  return groups;
+}
+
+static int64_t linear(const Op *op, const Call *call, Pieces *pieces, float *scratch,
+                      const Op *after) {
+  if (op->panels) return linear_panels(op, call, pieces, scratch, after);
   int64_t N = call->batch * call->nodes, K = op->in_width, O = op->out_width;
   int64_t size = 262144 / (K * SIZES[op->dtype]) / 16 * 16;  /* what stays in a cache */
   size = size < 16 ? 16 : size > CHUNK ? CHUNK : size;
@@ -869,10 +1046,19 @@ static int64_t tap(const Op *op, const Call *call, Pieces *pieces) {
 }
 
 static void fetch(const Op *op) {
+  const char *weight = op->panels ? (const char *)op->panels : op->weight;
+  const char *gate = op->gate_panels ? (const char *)op->gate_panels : op->gate;
   for (int64_t i = 0; i < FETCH; i += 64) {
-    __builtin_prefetch((const char *)op->weight + i, 0, 2);
-    if (op->gate) __builtin_prefetch((const char *)op->gate + i, 0, 2);
+    __builtin_prefetch(weight + i, 0, 2);
+    if (gate) __builtin_prefetch(gate + i, 0, 2);
   }
+}
+
+/* The product that comes next; after the last one the first, as in the next forward. */
+static const Op *product_after(const Op *ops, int64_t count, int64_t i) {
+  for (int64_t j = (i + 1) % count; j != i; j = (j + 1) % count)
+    if (ops[j].kind == LINEAR) return ops + j;
+  return ops + i;
 }
 
 static void run(const Op *ops, int64_t count, const Call *call, int thread) {
@@ -885,7 +1071,9 @@ static void run(const Op *ops, int64_t count, const Call *call, int thread) {
     switch (op->kind) {
       case EMBED: all = embed(op, call, pieces); break;
       case NORM: all = norm(op, call, pieces); break;
-      case LINEAR: all = linear(op, call, pieces, scratch); break;
+      case LINEAR:
+        all = linear(op, call, pieces, scratch, product_after(ops, count, i));
+        break;
       case ROTATE: all = rotate(op, call, pieces); break;
       case ATTEND: all = attend(op, call, pieces, scratch); break;
       case TAP: all = tap(op, call, pieces); break;
@@ -917,10 +1105,13 @@ void isthmus_forward(const Op *ops, int64_t count, const Call *call) {
 int64_t isthmus_scratch(int64_t N, int64_t slots, int64_t widest, int64_t head_dim) {
   int64_t product = 2 * TILE * CHUNK + (N < TILE ? N + 1 : TILE) * widest;
   int64_t attention = QUERIES * (slots + 2 * N + 4 * LANES) + (2 * QUERIES + 1) * head_dim;
+  int64_t panels = 2 * BAND * PANEL;
+  product = product > panels ? product : panels;
   return product > attention ? product : attention;
 }
 
-/* What the caller has to agree on: lanes of a vector, sizes of the two structures. */
+/* What the caller has to agree on: lanes of a vector, width of a panel, sizes of the two structures. */
 int64_t isthmus_lanes(void) { return LANES; }
+int64_t isthmus_panel(void) { return PANEL; }
 int64_t isthmus_op_size(void) { return sizeof(Op); }
 int64_t isthmus_call_size(void) { return sizeof(Call); }

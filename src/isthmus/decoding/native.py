@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from isthmus.decoding.program import LOGITS, NORMED, SPREADS, Op, Program
+from isthmus.decoding.program import LOGITS, NORMED, PANEL, SPREADS, Op, Program
 from isthmus.errors import UnsupportedModelError
 from isthmus.folders import kept
 
@@ -105,9 +105,8 @@ def library() -> Any:
                 _output(command)  # one thread, where the compiler has no OpenMP
             part.replace(path)
     found = ctypes.CDLL(str(path))
-    if found.isthmus_op_size() != ctypes.sizeof(Op) or found.isthmus_call_size() != ctypes.sizeof(
-        Call
-    ):
+    sizes = found.isthmus_op_size(), found.isthmus_call_size(), found.isthmus_panel()
+    if sizes != (ctypes.sizeof(Op), ctypes.sizeof(Call), PANEL):
         raise UnsupportedModelError("the compiled kernel has another layout than its caller")
     found.isthmus_forward.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
     found.isthmus_forward.restype = None

@@ -1,7 +1,8 @@
 """Transformers as programs: the operations of one forward, in the order of the kernel.
 
-A program is a list of operations on a few buffers, one row a node. It holds no copy of the
-weights, only where they are. :mod:`isthmus.decoding.lower` reads programs off models.
+A program is a list of operations on a few buffers, one row a node. It knows where the weights are
+and holds a copy of them only where they are laid out (:meth:`Program.lay_out`).
+:mod:`isthmus.decoding.lower` reads programs off models.
 
 ::
 
@@ -18,6 +19,7 @@ from enum import IntEnum
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from isthmus.errors import UnsupportedModelError
 
@@ -46,6 +48,9 @@ ACTIVATIONS = {
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
+PANEL = 64
+"""Outputs side by side in a panel, as the kernel has it."""
+
 STREAM, NORMED, HEADS, INNER, LOGITS, SPREADS = range(6)
 """Buffers: residual stream, its norm or the attention's output, [q | k | v], MLP, logits, and what
 relative positions add to scores."""
@@ -63,6 +68,7 @@ class Op(ctypes.Structure):
         *((name, ctypes.c_float) for name in ("eps", "factor")),
         ("window", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("mean", "store", "whole", "biased")),
+        *((name, ctypes.c_void_p) for name in ("panels", "gate_panels")),
     )
 
 
@@ -74,6 +80,9 @@ class Program:
         ops: The operations in order; the last one makes the logits, if there are any.
         tensors: Every tensor whose address is in an operation, kept alive.
         sources: The parameters that the first of them were taken from.
+        versions: How often each of those had been changed in place when the weights were laid out
+            (:meth:`lay_out`); empty before.
+        laid: Weights laid out.
         layers: Layers L.
         hidden_size: Width D of the residual stream.
         heads: Query heads.
@@ -99,12 +108,18 @@ class Program:
     ops: list[Op] = field(default_factory=list)
     tensors: list[torch.Tensor] = field(default_factory=list)
     sources: list[torch.Tensor] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    laid: list[torch.Tensor] = field(default_factory=list)
 
     @property
     def stale(self) -> bool:
-        """Whether a parameter of the model has moved since, as ``model.to(...)`` does it."""
+        """Whether a parameter has moved since, as ``model.to(...)`` does it.
+
+        Or has changed in place since it was laid out.
+        """
         pairs = zip(self.sources, self.tensors, strict=False)
-        return any(source.data_ptr() != kept.data_ptr() for source, kept in pairs)
+        moved = any(source.data_ptr() != kept.data_ptr() for source, kept in pairs)
+        return moved or self.versions != _versions(self.sources[: len(self.versions)])
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -196,19 +211,63 @@ class Program:
             )
             offset += module.weight.shape[0]
 
+    def lay_out(self) -> None:
+        """Give every product a copy of its weights in the kernel's own order.
+
+        Products of several nodes read it at a fraction of the cost of rows; a parameter that
+        changes later has to be laid out again, which :attr:`stale` says.
+        """
+        by_address = {t.data_ptr(): t for t in self.tensors}
+        self.versions, self.laid = _versions(self.sources), []
+        for op in self.ops:
+            if op.kind == Kind.LINEAR:
+                for name, place, _ in WEIGHTS:
+                    if getattr(op, name):
+                        self._lay(op, place, by_address[getattr(op, name)])
+
+    def _lay(self, op: Op, place: str, weight: torch.Tensor) -> None:
+        self.laid.append(panels(weight))
+        setattr(op, place, self.laid[-1].data_ptr())
+
     def to_int8(self) -> None:
         """Give every product int8 weights, rounded to nearest with one scale a row."""
         by_address = {t.data_ptr(): t for t in self.tensors}
+        laid, self.laid = bool(self.laid), []
         for op in self.ops:
             if op.kind != Kind.LINEAR:
                 continue
-            for name, scale in (("weight", "scale"), ("gate", "gate_scale")):
+            for name, place, scale in WEIGHTS:
                 if getattr(op, name):
-                    parts = rounded(by_address[getattr(op, name)])
-                    self.tensors += parts
-                    for field_name, part in zip((name, scale), parts, strict=True):
-                        setattr(op, field_name, part.data_ptr())
+                    values, scales = rounded(by_address[getattr(op, name)])
+                    self.tensors.append(scales)
+                    setattr(op, scale, scales.data_ptr())
+                    if laid:
+                        self._lay(op, place, values)
+                    else:
+                        self.tensors.append(values)
+                        setattr(op, name, values.data_ptr())
             op.dtype = DTYPES[torch.int8]
+
+
+WEIGHTS = (("weight", "panels", "scale"), ("gate", "gate_panels", "gate_scale"))
+"""Fields of an operation: weights, the same laid out, and the scales of int8 ones."""
+
+
+def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """How often each was changed in place; tensors of inference mode do not count, nor change."""
+    return [0 if t.is_inference() else t._version for t in tensors]
+
+
+def panels(weight: torch.Tensor) -> torch.Tensor:
+    """A weight matrix [O, K] as panels [ceil(O / PANEL), K, PANEL], the last filled with zeros.
+
+    Example:
+        >>> panels(torch.arange(130.0)[:, None]).shape
+        torch.Size([3, 1, 64])
+    """
+    count = -(-weight.shape[0] // PANEL)
+    full = F.pad(weight.detach(), (0, 0, 0, count * PANEL - weight.shape[0]))
+    return full.view(count, PANEL, -1).transpose(1, 2).contiguous()
 
 
 def rounded(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -295,6 +295,8 @@ class ShortlistTarget(FastTarget):
             factor=self.kernel.ops[-1].factor,
             **bias,
         )
+        if whole.laid:  # sums are taken in the same order
+            program.lay_out()
         if self.weights:
             program.to_int8()
         return Kernel(program)

@@ -94,6 +94,9 @@ class Stopper:
         """How many of the new tokens stand after ``so_far``; sets ``reason`` at the end."""
         room = self.max_new_tokens - len(so_far)
         if self._detokenizer is None and self.criteria is None:
+            if len(new) == 1 and room > 1:  # what nearly every round of plain decoding asks
+                self.reason = "stop" if new[0] in self.end_tokens else self.reason
+                return 1
             for i, token in enumerate(new[:room]):
                 if token in self.end_tokens:
                     self.reason = "stop"
