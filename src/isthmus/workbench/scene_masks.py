@@ -61,14 +61,14 @@ NAMED = Spec(
     side=36,
     shapes=(1, 1),
     radius=(0.38, 0.46),
-    noise=0.0,
+    noise=12.0,
     thin=0.0,
     shading=False,
     hue=1.0,
     turn=0.1,
 )
-"""Scenes of one flat shape that fills most of a flat ground, nearly upright, for classification:
-what is hidden follows from what is seen, once the kind of shape is known."""
+"""Scenes of one shape that fills most of the ground, nearly upright, for classification: what is
+hidden follows from what is seen, once the kind of shape is known, but for the grain."""
 
 
 def _circle(x: Plane, y: Plane, r: float) -> Any:
