@@ -8,8 +8,8 @@
 The sets: ``numbers`` (0 to 9999 in words), ``dates`` (spoken; what is to be written is
 ``2021-03-04``), ``docs`` (first lines of docstrings), ``sentences`` (a closed vocabulary of 36
 words) and ``multi`` (weekday, day and month in German, English or Spanish; to be written in
-English). No text of ``held-out`` is ever in ``train``; ``accent`` is held-out text in voices of
-accents that are not in ``train``.
+English and in this order). No text of ``held-out`` is ever in ``train``; ``accent`` is held-out
+text in voices of accents that are not in ``train``.
 
 espeak-ng is GPL-3 and stays outside this process: either the wheel ``espeakng-loader`` or the
 command ``espeak-ng``. Only the wheel tells when each phoneme begins.
@@ -334,7 +334,7 @@ def _multi(draw: random.Random) -> tuple[str, str, str]:
     weekdays, months, form = _MULTI[language]
     said = {"de": _GERMAN[day - 1], "es": _SPANISH[day - 1], "en": ordinal(day)}[language]
     text = form.format(weekday=weekdays.split()[weekday], day=said, month=months.split()[month])
-    return text, f"{_DAYS[weekday]} {_MONTHS[month]} {ordinal(day)}", language
+    return text, f"{_DAYS[weekday]} {ordinal(day)} {_MONTHS[month]}", language
 
 
 def _docs(split: Split) -> list[str]:

@@ -100,15 +100,16 @@ class Settings:
 
 
 SMALL = Settings(
-    side=48,
+    side=36,
     patch=6,
-    width=96,
+    width=64,
     layers=4,
     heads=4,
-    decoder_width=48,
+    decoder_width=32,
     decoder_layers=2,
     decoder_heads=4,
     area=(1.0, 1.0),
+    batch_size=32,
 )
 
 
@@ -120,8 +121,8 @@ class Mae(TrainedSystem):
 
     Example:
         >>> system = Mae(dataclasses.replace(SMALL, layers=1, decoder_layers=1))
-        >>> system.embed(torch.zeros(2, 3, 48, 48, dtype=torch.uint8)).shape
-        torch.Size([2, 96])
+        >>> system.embed(torch.zeros(2, 3, 36, 36, dtype=torch.uint8)).shape
+        torch.Size([2, 64])
     """
 
     name = "mae"
@@ -136,12 +137,12 @@ class Mae(TrainedSystem):
         "small": Scale(
             SMALL,
             Plan(
-                steps=500,
+                steps=1500,
                 learning_rate=2e-3,
                 betas=(0.9, 0.95),
                 weight_decay=0.05,
-                warmup_steps=50,
-                validate_every=250,
+                warmup_steps=150,
+                validate_every=750,
             ),
             "workbench:named-scenes",
         ),
@@ -374,6 +375,12 @@ def claim(ruler: Ruler, scale: claims.Scale = "small") -> Claim:
         status=judge(gates, direction),
         gates=gates,
         seeds=(0,),
+        notes=(
+            "changed after a first look, in which no arm learnt the kind of a small shape in any "
+            "turn: it fills the picture, nearly upright, and smaller arms take 1,500 steps; after "
+            "a second: grain, and a decoder half as wide as the encoder. Without grain hiding "
+            "nothing taught most, 76.8 % fine-tuned against 67.6 % and 61.8 % from scratch",
+        ),
     )
 
 
