@@ -64,6 +64,7 @@ class Settings:
         stages: Halvings of a picture.
         hyper: Channels of z.
         prior_width: Channels of the entropy model's nets.
+        gain: What latents begin as, times the waves of pixels of 0 to 1.
         temporal: Whether the entropy model looks back; off, every frame is coded by itself.
         cuts: Whether a frame may begin anew where that takes fewer bits.
         trade: lambda of ``lambda 255^2 MSE + bits / pixel``.
@@ -80,6 +81,7 @@ class Settings:
     stages: int = 4
     hyper: int = 128
     prior_width: int = 192
+    gain: float = 12.0
     temporal: bool = True
     cuts: bool = True
     trade: float = 0.01
@@ -140,7 +142,9 @@ class StemVideo(TrainedCodec):
         s: Settings = settings or Settings()
         super().__init__(s)
         # without the past, the same nets see zeros: so both begin, and learn pictures, alike
-        self.module: ClipCodec = ClipCodec(3, s.width, s.latents, s.stages, s.hyper, s.prior_width)
+        self.module: ClipCodec = ClipCodec(
+            3, s.width, s.latents, s.stages, s.hyper, s.prior_width, gain=s.gain
+        )
         self._coder: HyperCoder | None = None
 
     @classmethod
