@@ -64,10 +64,9 @@ class PatternLM(nn.Module):
         layers: Blocks.
         heads: H.
         kinds: Kinds of rows that a pattern may have.
-        head_dim: Channels of a head; the width over the heads when None.
 
     Raises:
-        InvalidInputError: The channels of a head are no multiple of four.
+        InvalidInputError: The width is no multiple of four times the heads.
 
     Example:
         >>> from isthmus.models.code_patterns import streams
@@ -85,14 +84,11 @@ class PatternLM(nn.Module):
         heads: int = 4,
         *,
         kinds: int = 64,
-        head_dim: int | None = None,
     ) -> None:
         super().__init__()
-        each = head_dim or width // heads
-        if each < 1 or each % 4 or (head_dim is None and width % heads):
+        if width % (4 * heads):
             raise InvalidInputError(
-                "the channels of a head, or the width over the heads, must be a multiple of 4, got "
-                f"width {width}, {heads} heads and {head_dim} channels"
+                f"the width must be a multiple of 4 times the heads, got {width} and {heads}"
             )
         self.levels, self.size, self.kinds = levels, size, kinds
         self.embed = nn.EmbeddingBag(2 * levels * (size + 1) + kinds, width, mode="sum")
@@ -101,7 +97,7 @@ class PatternLM(nn.Module):
             self.embed.weight[size : 2 * levels * (size + 1) : size + 1] = 0
         inner = width * 8 // 3 // 8 * 8
         # few channels turn by each coordinate, and clips are short
-        sizes = LayerSizes(width, heads, heads, each, inner, rope_theta=100.0)
+        sizes = LayerSizes(width, heads, heads, width // heads, inner, rope_theta=100.0)
         self.layers = nn.ModuleList(DecoderLayer(sizes) for _ in range(layers))
         self.norm = nn.RMSNorm(width, 1e-6)
         self.head = nn.Parameter(torch.randn(levels, width, size) * 0.02)

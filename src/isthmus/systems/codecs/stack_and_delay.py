@@ -160,8 +160,8 @@ def _least(law: LevelLaw, held: Tensor, pattern: Pattern, exact: int) -> float:
 def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
     """Matrices of a planted law: what each order costs in bits and in seconds."""
     small = scale != "test"
-    times, steps, clip = (48, 2000, 150) if small else (8, 4, 8)
-    seeds = (0, 1, 2) if small else (0, 1)
+    times, steps, clip = (48, 1500, 150) if small else (8, 4, 8)
+    seeds, exactly = ((0, 1, 2), 16) if small else ((0, 1), 2)
     law = LevelLaw(LEVELS, SIZE)
     train = law.draw(20_000 if small else 40, times, seed=1)
     held = law.draw(200 if small else 4, times, seed=2)
@@ -176,7 +176,7 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
             models[name] = taught(pattern, train, SIZE, steps=steps, seed=seed)
             costs.append(bits(models[name], pattern, held))
         cost[name] = torch.stack(costs)
-        least[name] = _least(law, held, pattern, 16 if small else 2)
+        least[name] = _least(law, held, pattern, exactly)
     mean = {name: float(value.mean()) for name, value in cost.items()}
 
     def told(name: str) -> str:
@@ -193,7 +193,7 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
 
     clock: dict[str, Timing] = ruler.compare(
         {name: runs(name) for name in ("flat", "delay", "stack-delay")},
-        repeats=5 if small else 1,
+        repeats=9 if small else 1,
     )
     faster = ratio(clock["flat"], clock["stack-delay"])
     slower = ratio(clock["stack-delay"], clock["delay"])
@@ -259,19 +259,30 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
         device="cpu",
         status=judge(gates, (gates[0], below, fast, gained)),
         gates=gates,
-        seeds=(0, 1, 2),
-        reason=""
-        if gates[3].passed
-        else f"a matrix costs {mean['stack-delay']:.1f} bits in stack-delay order, "
-        f"{mean['delay']:.1f} in delay and {mean['flat']:.1f} in flat after {steps} steps; too "
-        "little training and the permuted order itself were not told apart",
+        seeds=seeds,
+        reason="; ".join(
+            [
+                f"a matrix costs {mean['stack-delay']:.1f} bits in stack-delay order, "
+                f"{mean['delay']:.1f} in delay and {mean['flat']:.1f} in flat after {steps} steps, "
+                f"where {least['stack-delay']:.1f} could be reached: too little was learnt"
+            ]
+            * (not gates[3].passed)
+            + [f"a clip takes {slower.median:.2f} times delay's seconds"] * (not gates[4].passed)
+        ),
         notes=(
             f"Codes: {LEVELS} levels of {SIZE} codes, {times} times, from a planted law "
             "(workbench/level_codes.py) in which a level hangs on the one below at its time and, "
             "at the time before, on itself and the one above; the last of these is what delay "
             "cannot see, and it was planted. No music, so no Frechet distance.",
-            f"One model of {sum(p.numel() for p in models['flat'].parameters()) / 1e6:.2f}M "
-            f"parameters an order, {steps} steps of the same 8 matrices each.",
+            f"Models of {sum(p.numel() for p in models['flat'].parameters()) / 1e6:.2f}M "
+            f"parameters, {steps} steps of the same 8 matrices each; flat, delay and stack-delay "
+            f"are means over {len(seeds)} seeds, the others have one.",
+            "A first run had 350 steps and one seed, and won nothing back (317.1 bits, delay "
+            "315.1, flat 268.0). Exact sums over the law then said that this order can cost what "
+            "flat does, so that only learning was short; the steps were chosen on other matrices. "
+            "It took 1.40 times delay's seconds, since the size of the cache was counted anew in "
+            "every step. The gates are as they were.",
+            f"The least an order costs: exact on {exactly} matrices, beside the law's cost of all.",
             f"Clips are timed at {clip} times, longer than was trained on, which changes no time.",
         ),
     )
