@@ -38,6 +38,9 @@ FRACTIONS = 8
 REACH = 255
 """Latents beyond this look like it to the prior."""
 
+_LITTLE = 0.1
+"""How large the last convolutions beside the waves begin: more is noise that costs decibels."""
+
 _START = 8.0
 """How much larger z begins, so that rounding leaves something of it."""
 
@@ -112,7 +115,9 @@ class Analysis(nn.Module):
         layers: list[nn.Module] = []
         for stage in range(stages):
             layers += [nn.Conv2d(width if stage else channels, width, 5, 2, 2), nn.GELU()]
-        self.body = nn.Sequential(*layers, _Residual(width), nn.Conv2d(width, latents, 3, 1, 1))
+        last = nn.Conv2d(width, latents, 3, 1, 1)
+        last.weight.data *= _LITTLE
+        self.body = nn.Sequential(*layers, _Residual(width), last)
         side = 1 << stages
         self.shortcut = nn.Conv2d(channels, latents, side, side)
         _start(self.shortcut, cosines(latents, channels, side) * gain)
@@ -143,7 +148,8 @@ class Synthesis(nn.Module):
             out = channels if stage == stages - 1 else width
             last = nn.Conv2d(width, 4 * out, 3, 1, 1)
             layers += [nn.GELU(), last, nn.PixelShuffle(2)]
-        last.weight.data /= gain
+        last.weight.data *= _LITTLE / gain
+        nn.init.zeros_(last.bias)  # type: ignore[arg-type]
         self.body = nn.Sequential(*layers)
         side = 1 << stages
         self.shortcut = nn.ConvTranspose2d(latents, channels, side, side)

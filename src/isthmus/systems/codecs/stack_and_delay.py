@@ -160,7 +160,7 @@ def _least(law: LevelLaw, held: Tensor, pattern: Pattern, exact: int) -> float:
 def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
     """Matrices of a planted law: what each order costs in bits and in seconds."""
     small = scale != "test"
-    times, steps, clip = (48, 1500, 150) if small else (8, 4, 8)
+    times, steps, clip = (48, 1200, 150) if small else (8, 4, 8)
     seeds, exactly = ((0, 1, 2), 16) if small else ((0, 1), 2)
     law = LevelLaw(LEVELS, SIZE)
     train = law.draw(20_000 if small else 40, times, seed=1)
