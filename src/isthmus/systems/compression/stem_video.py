@@ -129,7 +129,7 @@ class StemVideo(TrainedCodec):
                 grid=0.2,
                 frozen=True,
             ),
-            Plan(800, "adam", 2e-3, "cosine", 20, validate_every=800),
+            Plan(600, "adam", 2e-3, "cosine", 20, validate_every=600),
             "workbench:moving",
         ),
         "paper": Scale(
