@@ -10,7 +10,7 @@ from isthmus.errors import InvalidInputError
 from isthmus.models.pattern_lm import PatternLM
 from isthmus.systems.codecs import stack_and_delay
 from isthmus.systems.codecs.stack_and_delay import OFF, Settings, StackAndDelay, claim
-from isthmus.workbench.level_codes import LevelLaw, bits, taught
+from isthmus.workbench.level_codes import LevelLaw, bits, least_nats, taught
 
 
 def test_bad_settings():
@@ -53,6 +53,31 @@ def test_the_law_is_a_law_and_its_draws_follow_it():
     assert torch.allclose(share, p, atol=0.015)
 
 
+@pytest.mark.parametrize("order", ["flat", "parallel", "delay", "stack", "stack-delay"])
+def test_the_least_cost_of_an_order_by_counting_all_matrices(order):
+    law = LevelLaw(3, 2, strength=1.5, seed=4)
+    pattern = StackAndDelay(Settings(order, delay=1, stride=2)).pattern(3, 3)
+    every = torch.tensor(list(product(range(2), repeat=9))).view(-1, 3, 3)
+    p = (-law.nats(every).double().sum((1, 2))).exp()
+    codes, shown = law.draw(3, 3, seed=1), pattern.visible().view(3, 3, 3, 3)
+    found = least_nats(law, codes, pattern)
+    for b, k, t in product(range(3), repeat=3):
+        fits = (every == codes[b])[:, shown[k, t]].all(1)
+        same = fits & (every[:, k, t] == codes[b, k, t])
+        assert float((-found[b, k, t]).exp()) == pytest.approx(float(p[same].sum() / p[fits].sum()))
+
+
+def test_stack_delay_can_cost_what_flat_does_and_delay_cannot():
+    law = LevelLaw(3, 4)
+    codes = law.draw(40, 15, seed=1)
+    flat, late, ours = (
+        float(least_nats(law, codes, StackAndDelay(Settings(o)).pattern(3, 15)).mean())
+        for o in ("flat", "delay", "stack-delay")
+    )
+    assert ours == pytest.approx(flat, rel=1e-3)
+    assert late > 1.05 * flat
+
+
 def test_a_model_learns_the_law_down_to_its_entropy():
     law = LevelLaw(2, 3, strength=2.0, seed=1)
     held = law.draw(60, 8, seed=3)
@@ -67,7 +92,7 @@ def test_the_claim_at_the_scale_test(monkeypatch):
     found = claim(Ruler(), "test")
     gates = {gate.name: gate for gate in found.gates}
     assert gates["orders that are exact for 2 to 8 levels"].passed
-    assert len(found.rows) == 5
+    assert len(found.rows) == 6
     monkeypatch.setitem(stack_and_delay.ARMS, "flat", Settings("delay"))
     assert not stack_and_delay._exact(2, 12)
     assert found.status in list(Status)

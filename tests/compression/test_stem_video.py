@@ -161,6 +161,22 @@ def test_stages_teach_what_they_say(data: Data[Moving]) -> None:
     assert pasts(y)[1, :, :, 0, 0].tolist() == [[0, 0], [4, 0], [5, 4], [6, 5]]
 
 
+def test_latents_that_no_longer_change_are_made_once(data: Data[Moving]) -> None:
+    codec = StemVideo(replace(SETTINGS, side=64))
+    learner = codec.learner(data, PLAN)
+    assert learner.batch(0)[2] is None  # pictures are still learnt
+    x, stage, y = learner.batch(25)
+    assert y is not None and stage == CLIPS
+    with torch.no_grad():
+        again = codec.module.g_a(x.flatten(0, 1) - 0.5).view(y.shape)
+        assert torch.allclose(y, again, atol=1e-5)
+        known, found = (codec.module.eval()(x, codec.settings, GRID, z)[1] for z in (y, None))
+    assert torch.allclose(known, found, rtol=1e-3)
+    assert codec.learner(data, PLAN).batch(25)[0].shape == x.shape
+    cut = StemVideo(SETTINGS).learner(data, PLAN)  # crops are elsewhere each time
+    assert cut.batch(25)[2] is None
+
+
 def test_without_time_pictures_are_learnt_alike(data: Data[Moving]) -> None:
     """So that both arms of the claim have one autoencoder."""
     few = replace(PLAN, steps=8)

@@ -142,9 +142,9 @@ class Pattern:
             plan.append(Step(rows, row, level, time, None if whole else keep, prefix))
         return plan
 
-    @property
+    @cached_property
     def cached(self) -> int:
-        """Rows that a cache holds at most from one step to the next."""
+        """Rows that a cache holds at most from one step to the next; asked for in every step."""
         steps = torch.arange(self.steps)[:, None]
         return int(((self.step <= steps) & (self.until > steps)).sum(1).max())
 

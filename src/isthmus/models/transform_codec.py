@@ -38,8 +38,8 @@ FRACTIONS = 8
 REACH = 255
 """Latents beyond this look like it to the prior."""
 
-_GAIN = 12.0
-"""Latents begin as so many times the waves of pixels of 0 to 1: steps of a 12th."""
+_LITTLE = 0.1
+"""How large the last convolutions beside the waves begin: more is noise that costs decibels."""
 
 _START = 8.0
 """How much larger z begins, so that rounding leaves something of it."""
@@ -105,17 +105,22 @@ class Analysis(nn.Module):
         width: N, channels inside.
         latents: M.
         stages: Halvings.
+        gain: How many times the waves of pixels of 0 to 1 latents begin as; steps of a gain-th.
     """
 
-    def __init__(self, channels: int, width: int, latents: int, stages: int) -> None:
+    def __init__(
+        self, channels: int, width: int, latents: int, stages: int, gain: float = 12.0
+    ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for stage in range(stages):
             layers += [nn.Conv2d(width if stage else channels, width, 5, 2, 2), nn.GELU()]
-        self.body = nn.Sequential(*layers, _Residual(width), nn.Conv2d(width, latents, 3, 1, 1))
+        last = nn.Conv2d(width, latents, 3, 1, 1)
+        last.weight.data *= _LITTLE
+        self.body = nn.Sequential(*layers, _Residual(width), last)
         side = 1 << stages
         self.shortcut = nn.Conv2d(channels, latents, side, side)
-        _start(self.shortcut, cosines(latents, channels, side) * _GAIN)
+        _start(self.shortcut, cosines(latents, channels, side) * gain)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to [B, M, H / 2^stages, W / 2^stages]."""
@@ -131,20 +136,24 @@ class Synthesis(nn.Module):
         width: N, channels inside.
         latents: M.
         stages: Doublings.
+        gain: Of the latents, see :class:`Analysis`.
     """
 
-    def __init__(self, channels: int, width: int, latents: int, stages: int) -> None:
+    def __init__(
+        self, channels: int, width: int, latents: int, stages: int, gain: float = 12.0
+    ) -> None:
         super().__init__()
         layers: list[nn.Module] = [nn.Conv2d(latents, width, 3, 1, 1), _Residual(width)]
         for stage in range(stages):
             out = channels if stage == stages - 1 else width
             last = nn.Conv2d(width, 4 * out, 3, 1, 1)
             layers += [nn.GELU(), last, nn.PixelShuffle(2)]
-        last.weight.data /= _GAIN
+        last.weight.data *= _LITTLE / gain
+        nn.init.zeros_(last.bias)  # type: ignore[arg-type]
         self.body = nn.Sequential(*layers)
         side = 1 << stages
         self.shortcut = nn.ConvTranspose2d(latents, channels, side, side)
-        _start(self.shortcut, cosines(latents, channels, side) / _GAIN)
+        _start(self.shortcut, cosines(latents, channels, side) / gain)
 
     def forward(self, y: Tensor) -> Tensor:
         """[B, M, h, w] to [B, C, h 2^stages, w 2^stages]."""
@@ -330,6 +339,7 @@ class TransformCodec(nn.Module):
         hyper: Channels of z.
         prior_width: Channels of the nets of the law.
         temporal: Whether earlier latents help.
+        gain: Of the latents, see :class:`Analysis`.
 
     Raises:
         InvalidInputError: No halving.
@@ -350,12 +360,13 @@ class TransformCodec(nn.Module):
         hyper: int,
         prior_width: int,
         temporal: bool = True,
+        gain: float = 12.0,
     ) -> None:
         super().__init__()
         if stages < 1:
             raise InvalidInputError(f"a picture is halved at least once, not {stages} times")
-        self.g_a = Analysis(channels, width, latents, stages)
-        self.g_s = Synthesis(channels, width, latents, stages)
+        self.g_a = Analysis(channels, width, latents, stages, gain)
+        self.g_s = Synthesis(channels, width, latents, stages, gain)
         self.law = Hyperprior(latents, hyper, prior_width, temporal)
         self.multiple = HYPER << stages
         """What sides of pictures have to be divisible by."""

@@ -63,19 +63,22 @@ def pasts(y: Tensor) -> Tensor:
 class ClipCodec(TransformCodec):
     """A transform codec over clips: all pictures alike, and latents that tell of later ones."""
 
-    def clips(self, x: Tensor, told: Told, stage: int = GRID) -> tuple[Tensor, Tensor]:
+    def clips(
+        self, x: Tensor, told: Told, stage: int = GRID, y: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Pictures of clips [B, T, C, H, W] and their bits [B, T].
 
         Args:
             x: Clips of 0 to 1; single pictures while pictures are learnt.
             told: Settings.
             stage: Of the training.
+            y: Latents [B, T, M, h, w], where they are known.
         """
         batch, length = x.shape[:2]
         flat = x.flatten(0, 1)
         still = told.frozen and stage != PICTURES
         with torch.set_grad_enabled(torch.is_grad_enabled() and not still):
-            y = self.g_a(flat - 0.5)
+            y = self.g_a(flat - 0.5) if y is None else y.flatten(0, 1)
             out = flat if still and self.training else self.g_s(rounded(y)) + 0.5
         past = self.law.no_past(y)
         if told.temporal and stage != PICTURES:
@@ -85,9 +88,11 @@ class ClipCodec(TransformCodec):
         bits = y_bits.flatten(1).sum(1) + z_bits.flatten(1).sum(1)
         return out.view(x.shape), bits.view(batch, length)
 
-    def forward(self, x: Tensor, told: Any = None, stage: Any = GRID) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, told: Any = None, stage: Any = GRID, y: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """See :meth:`clips`."""
-        return self.clips(x, told, stage)
+        return self.clips(x, told, stage, y)
 
 
 class ClipLearner:
@@ -116,6 +121,7 @@ class ClipLearner:
         self.train, self.valid = data.train, data.valid
         self.identity = {"settings": asdict(told), "data": data.fingerprint}
         self._seen: dict[int, Tensor] = {}
+        self._known: dict[int, Tensor] = {}
 
     def stage(self, part: int) -> int:
         """What a micro-batch teaches."""
@@ -124,17 +130,33 @@ class ClipLearner:
             return PICTURES
         return GRID if done >= 1 - self.told.grid else CLIPS
 
-    def batch(self, part: int) -> tuple[Tensor, int]:
-        """Crops of 0 to 1, [B, T, C, side, side]; T is 1 and B larger while pictures are learnt."""
+    def batch(self, part: int) -> tuple[Tensor, int, Tensor | None]:
+        """Crops of 0 to 1, the stage, and the latents of the crops where they are known.
+
+        Crops are [B, T, C, side, side]; T is 1 and B larger while pictures are learnt. Latents that
+        no longer change, of clips that are not cut to the side, are made once.
+        """
         stage, told = self.stage(part), self.told
         few = stage == PICTURES
-        count = told.batch_size * (2 if few else 1)
+        count, length = (2 * told.batch_size, 1) if few else (told.batch_size, told.frames)
         rows = drawn(range(len(self.train)), count, part, self.plan.seed)
         generator = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + part)
-        clips = [
-            self._crop(self._frames(row), 1 if few else told.frames, generator) for row in rows
-        ]
-        return torch.stack(clips).float() / 255, stage
+        clips = [self._frames(row) for row in rows]
+        places = [self._place(frames, length, generator) for frames in clips]
+        crops = [frames[place] for frames, place in zip(clips, places, strict=True)]
+        whole = all(frames.shape[2:] == (told.side, told.side) for frames in clips)
+        y = None
+        if told.frozen and not few and whole:
+            each = [self._latents(row)[p[0]] for row, p in zip(rows, places, strict=True)]
+            y = torch.stack(each)
+        return torch.stack(crops).float() / 255, stage, y
+
+    @torch.no_grad()
+    def _latents(self, row: int) -> Tensor:
+        if row not in self._known:
+            x = self._frames(row).float().to(next(self.module.parameters()).device) / 255
+            self._known[row] = self.module.g_a(x - 0.5).cpu()
+        return self._known[row]
 
     def _frames(self, row: int) -> Tensor:
         if row not in self._seen:
@@ -148,21 +170,23 @@ class ClipLearner:
             self._seen[row] = frames
         return self._seen[row]
 
-    def _crop(self, frames: Tensor, length: int, generator: torch.Generator) -> Tensor:
+    def _place(
+        self, frames: Tensor, length: int, generator: torch.Generator
+    ) -> tuple[slice, slice, slice, slice]:
+        """Where in a clip a crop is taken."""
         side = self.told.side
-        rooms = [
-            n - wanted + 1
-            for n, wanted in zip(
-                (len(frames), *frames.shape[2:]), (length, side, side), strict=True
-            )
+        sizes = zip((len(frames), *frames.shape[2:]), (length, side, side), strict=True)
+        firsts = [
+            (int(torch.randint(n - wanted + 1, (1,), generator=generator)), wanted)
+            for n, wanted in sizes
         ]
-        t, y, x = (int(torch.randint(room, (1,), generator=generator)) for room in rooms)
-        return frames[t : t + length, :, y : y + side, x : x + side]
+        t, y, x = (slice(first, first + wanted) for first, wanted in firsts)
+        return t, slice(None), y, x
 
-    def loss(self, batch: tuple[Tensor, int]) -> Loss:
+    def loss(self, batch: tuple[Tensor, int, Tensor | None]) -> Loss:
         """Rate and distortion, summed over pixels."""
-        x, stage = batch
-        out, bits = self.module(x, self.told, stage)
+        x, stage, y = batch
+        out, bits = self.module(x, self.told, stage, y)
         flat, back = x.flatten(0, 1), out.flatten(0, 1)
         total = rate_distortion(flat, back, bits.flatten(), self.told.trade)
         pixels = len(flat) * flat.shape[-1] * flat.shape[-2]
@@ -174,7 +198,8 @@ class ClipLearner:
         sums = torch.zeros(3, dtype=torch.float64)
         draw = torch.Generator().manual_seed(0)
         for record in self.valid:
-            x = self._crop(record.frames(), self.told.frames, draw)[None].float() / 255
+            frames = record.frames()
+            x = frames[self._place(frames, self.told.frames, draw)][None].float() / 255
             out, bits = self.module(x, self.told, GRID)
             flat = x.flatten(0, 1)
             error = F.mse_loss(out.flatten(0, 1), flat)

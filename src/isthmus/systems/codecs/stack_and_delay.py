@@ -21,6 +21,7 @@ Lossless: no
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
@@ -33,7 +34,7 @@ from isthmus.errors import InvalidInputError
 from isthmus.models import code_patterns
 from isthmus.models.code_patterns import Pattern
 from isthmus.models.pattern_lm import PatternLM
-from isthmus.workbench.level_codes import LevelLaw, bits, taught
+from isthmus.workbench.level_codes import LevelLaw, bits, least_nats, taught
 
 Order = Literal["flat", "parallel", "delay", "stack", "stack-delay"]
 
@@ -147,33 +148,52 @@ def _exact(levels: int, times: int) -> bool:
     return good
 
 
+def _least(law: LevelLaw, held: Tensor, pattern: Pattern, exact: int) -> float:
+    """Bits that no model of an order can be below in the mean.
+
+    What the law costs is known of all matrices; what an order costs beside it, of a few.
+    """
+    more = least_nats(law, held[:exact], pattern).sum() - law.nats(held[:exact]).sum()
+    return float(law.nats(held).sum((1, 2)).mean() + more / exact) / math.log(2)
+
+
 def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
     """Matrices of a planted law: what each order costs in bits and in seconds."""
     small = scale != "test"
-    times, steps, clip = (48, 350, 150) if small else (8, 4, 8)
+    times, steps, clip = (48, 1200, 150) if small else (8, 4, 8)
+    seeds, exactly = ((0, 1, 2), 16) if small else ((0, 1), 2)
     law = LevelLaw(LEVELS, SIZE)
-    train = law.draw(4000 if small else 40, times, seed=1)
+    train = law.draw(20_000 if small else 40, times, seed=1)
     held = law.draw(200 if small else 4, times, seed=2)
     parts = {name: StackAndDelay(settings) for name, settings in ARMS.items()}
     models: dict[str, PatternLM] = {}
-    cost: dict[str, Tensor] = {}
+    cost: dict[str, Tensor] = {}  # [seeds, N]
+    least: dict[str, float] = {}
     for name, part in parts.items():
         pattern = part.pattern(LEVELS, times)
-        models[name] = taught(pattern, train, SIZE, steps=steps)
-        cost[name] = bits(models[name], pattern, held)
-    least = float(law.nats(held).sum((1, 2)).mean()) / torch.log(torch.tensor(2.0)).item()
+        costs = []
+        for seed in seeds if name in ("flat", "delay", "stack-delay") else seeds[:1]:
+            models[name] = taught(pattern, train, SIZE, steps=steps, seed=seed)
+            costs.append(bits(models[name], pattern, held))
+        cost[name] = torch.stack(costs)
+        least[name] = _least(law, held, pattern, exactly)
     mean = {name: float(value.mean()) for name, value in cost.items()}
 
-    def spread(name: str) -> float:
-        """Standard error of the difference from flat, matrix by matrix."""
-        return float((cost[name] - cost["flat"]).std() / len(held) ** 0.5)
+    def told(name: str) -> str:
+        """How far from flat, and from what this order costs at least."""
+        each = cost[name].mean(1).tolist()
+        return (
+            f"{parts[name].pattern(LEVELS, times).steps} steps; at least {least[name]:.1f} in this "
+            f"order; from flat by {mean[name] - mean['flat']:+.1f}; seeds: "
+            + ", ".join(f"{bit:.1f}" for bit in each)
+        )
 
     def runs(name: str) -> Callable[[], Tensor]:
         return lambda: parts[name].write(models[name], 1, clip, seed=0)
 
     clock: dict[str, Timing] = ruler.compare(
         {name: runs(name) for name in ("flat", "delay", "stack-delay")},
-        repeats=5 if small else 1,
+        repeats=9 if small else 1,
     )
     faster = ratio(clock["flat"], clock["stack-delay"])
     slower = ratio(clock["stack-delay"], clock["delay"])
@@ -199,13 +219,11 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
             mean["delay"],
             mean[name],
             mean["off"],
-            ceiling=least,
+            ceiling=least[name],
             control=mean["parallel"],
-            note=f"{parts[name].pattern(LEVELS, times).steps} steps; baseline: delay; control: "
-            f"parallel; ceiling: the law itself; from flat by {mean[name] - mean['flat']:+.1f} "
-            f"+- {spread(name):.1f}",
+            note=f"{told(name)}; baseline: delay; control: parallel; ceiling: by exact sums",
         )
-        for name in ("stack-delay", "flat", "stack")
+        for name in ("stack-delay", "flat", "delay", "stack")
     )
     kept = {n: p.pattern(LEVELS, clip).cached for n, p in parts.items()}
     return Claim(
@@ -241,19 +259,30 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
         device="cpu",
         status=judge(gates, (gates[0], below, fast, gained)),
         gates=gates,
-        seeds=(0, 1, 2),
-        reason=""
-        if gates[3].passed
-        else f"a matrix costs {mean['stack-delay']:.1f} bits in stack-delay order, "
-        f"{mean['delay']:.1f} in delay and {mean['flat']:.1f} in flat after {steps} steps; too "
-        "little training and the permuted order itself were not told apart",
+        seeds=seeds,
+        reason="; ".join(
+            [
+                f"a matrix costs {mean['stack-delay']:.1f} bits in stack-delay order, "
+                f"{mean['delay']:.1f} in delay and {mean['flat']:.1f} in flat after {steps} steps, "
+                f"where {least['stack-delay']:.1f} could be reached: too little was learnt"
+            ]
+            * (not gates[3].passed)
+            + [f"a clip takes {slower.median:.2f} times delay's seconds"] * (not gates[4].passed)
+        ),
         notes=(
             f"Codes: {LEVELS} levels of {SIZE} codes, {times} times, from a planted law "
             "(workbench/level_codes.py) in which a level hangs on the one below at its time and, "
             "at the time before, on itself and the one above; the last of these is what delay "
             "cannot see, and it was planted. No music, so no Frechet distance.",
-            f"One model of {sum(p.numel() for p in models['flat'].parameters()) / 1e6:.2f}M "
-            f"parameters an order, {steps} steps of the same 8 matrices each.",
+            f"Models of {sum(p.numel() for p in models['flat'].parameters()) / 1e6:.2f}M "
+            f"parameters, {steps} steps of the same 8 matrices each; flat, delay and stack-delay "
+            f"are means over {len(seeds)} seeds, the others have one.",
+            "A first run had 350 steps and one seed, and won nothing back (317.1 bits, delay "
+            "315.1, flat 268.0). Exact sums over the law then said that this order can cost what "
+            "flat does, so that only learning was short; the steps were chosen on other matrices. "
+            "It took 1.40 times delay's seconds, since the size of the cache was counted anew in "
+            "every step. The gates are as they were.",
+            f"The least an order costs: exact on {exactly} matrices, beside the law's cost of all.",
             f"Clips are timed at {clip} times, longer than was trained on, which changes no time.",
         ),
     )
