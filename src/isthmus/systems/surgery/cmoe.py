@@ -61,7 +61,7 @@ from isthmus.surgery.carve import (
 from isthmus.surgery.moe_export import Target, fitted
 from isthmus.training.drafting import Recipe
 from isthmus.training.expert_tuning import tune_layers
-from isthmus.workbench import pycode, reference
+from isthmus.workbench import pycode
 from isthmus.workbench._training import Recipe as Model
 from isthmus.workbench._training import build
 from isthmus.workbench.tokenizer import load_tokenizer
@@ -288,8 +288,7 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
     small = scale != "test"
     tokenizer = load_tokenizer(EMBEDDED / "pycode-t")
     if small:
-        place = str(reference.reference("pycode-t"))
-        model = load_checkpoint(place, dtype="float32", device="cpu").model
+        model = load_checkpoint(str(EMBEDDED / "pycode-t"), dtype="float32", device="cpu").model
     else:
         model = build(_TINY).eval()
         for weight in model.parameters():
