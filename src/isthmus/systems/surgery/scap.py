@@ -31,7 +31,6 @@ from torch import Tensor
 
 from isthmus.claims import Claim, Gate, Row, Ruler, Scale, judge
 from isthmus.errors import InvalidInputError
-from isthmus.folders import EMBEDDED
 from isthmus.models.hub import load_checkpoint
 from isthmus.surgery.base import (
     Change,
@@ -257,7 +256,7 @@ SHAPES = {"small": ((4096, 11008), (11008, 4096)), "test": ((64, 96),)}
 def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
     """Loss on small trained models, speed on layers of the paper's size."""
     size = "test" if scale == "test" else "small"
-    gated = load_checkpoint(str(EMBEDDED / "pycode-t"), dtype="float32")
+    gated = load_checkpoint(str(reference.reference("pycode-t")), dtype="float32")
     data, held_out = (_texts(split, gated.tokenizer, size) for split in ("train", "held-out"))
     data.check_apart(held_out)
     dense = held_out.loss(gated.model)
@@ -363,7 +362,7 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
 def _decoding(ruler: Ruler, size: str) -> Row:
     """A model of 100 million weights, as it is and with half of its feed-forwards skipped."""
     small = size == "small"
-    place = reference.reference("pycode-100m") if small else EMBEDDED / "pycode-t"
+    place = reference.reference("pycode-100m" if small else "pycode-t")
     model = load_checkpoint(str(place), dtype="float32")
     texts = pycode.texts("train")[::50]
     data = Calibration.of_texts(texts, model.tokenizer, samples=4, length=64, batch=4)
