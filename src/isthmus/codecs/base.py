@@ -26,7 +26,7 @@ import torch
 from isthmus import registry
 from isthmus.codecs.container import TEXT, Frame, Header, Limits, Reader, fingerprint, write
 from isthmus.errors import BrokenFileError, InvalidInputError, MismatchError, UnknownNameError
-from isthmus.folders import EMBEDDED, cache_folder
+from isthmus.folders import cache_folder
 from isthmus.roles import Codec, Medium, Signal
 from isthmus.training.system import CONFIG, Answer, TrainedSystem, read_config
 
@@ -205,8 +205,8 @@ def find(name: str, mark: bytes, folder: str | Path | None = None) -> Codec:
 def known(system: Any) -> Iterator[Any]:
     """Models of a trained codec that lie at hand: the one in the package, those in the cache."""
     cached = sorted((cache_folder() / "systems").glob(f"{system.name}-*"))
-    for folder in (EMBEDDED / system.name, *cached):
-        if (folder / CONFIG).exists():
+    for folder in (system.embedded(), *cached):
+        if folder is not None and (folder / CONFIG).exists():
             with contextlib.suppress(BrokenFileError, MismatchError):
                 if read_config(folder)["system"] == system.name:
                     yield system.from_pretrained(folder)

@@ -152,6 +152,12 @@ class TrainedSystem:
             (part / CONFIG).write_text(json.dumps(config, indent=1))
 
     @classmethod
+    def embedded(cls) -> Path | None:
+        """Folder of the one that comes with isthmus, if one does."""
+        folder = folders.EMBEDDED / cls.name
+        return folder if (folder / CONFIG).exists() else None
+
+    @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
         """Read a system that was trained.
 

@@ -25,7 +25,6 @@ from torch import Tensor
 from isthmus.codecs.base import TrainedCodec, ids, known, lookup, pack, unpack
 from isthmus.codecs.peers import Peer, Rate, peers
 from isthmus.errors import InvalidInputError, IsthmusError
-from isthmus.folders import EMBEDDED
 from isthmus.laws.rd import Point, bd_rate
 from isthmus.metrics.images import ms_ssim, scales_of
 from isthmus.roles import Medium, Signal
@@ -165,15 +164,18 @@ def _ours(medium: str, model: str | Path | None) -> list[Peer]:
         system: Any = lookup(name)
         if system.medium != medium or getattr(system, "fits_each_file", False):
             continue  # minutes a second of film are no comparison for a bench
-        trained = issubclass(system, TrainedCodec)
-        ready = _own_first(known(system))[:1] if trained else [system()]
-        if trained and (EMBEDDED / system.name).is_dir():
-            ready = [next(known(system))]
-        if trained and model is not None:
-            with contextlib.suppress(IsthmusError):  # the folder is another system's
-                ready = [system.from_pretrained(model)]
+        ready = _trained(system, model) if issubclass(system, TrainedCodec) else [system()]
         found += [_as_peer(codec) for codec in ready]
     return found
+
+
+def _trained(system: Any, model: str | Path | None) -> list[Any]:
+    """The model asked for, or the one in the package, or one in the cache, or none."""
+    if model is not None:
+        with contextlib.suppress(IsthmusError):  # the folder is another system's
+            return [system.from_pretrained(model)]
+    embedded = system.embedded()
+    return [system.from_pretrained(embedded)] if embedded else _own_first(known(system))[:1]
 
 
 def _own_first(codecs: Iterable[Any]) -> list[Any]:

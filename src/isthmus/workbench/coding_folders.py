@@ -220,11 +220,12 @@ def _job(
 def _encoder(
     codec: str, model: str | None, quality: float | None, rate: float | None
 ) -> cluster.Work:
-    # a codec that was asked for is read from disk once, and not for every file
-    how: Any = {"codec": coding.ready(codec, model, quality)} if codec else {"quality": quality}
+    # a codec is read from disk once, and not for every file
+    ready = functools.cache(lambda name: coding.ready(name, model, quality))
 
     def one(given: Path, out: Path) -> str:
-        return coding.encode(given, out, rate=rate, **how).codec
+        name = codec or coding.default(given, rate)
+        return coding.encode(given, out, rate=rate, codec=ready(name)).codec
 
     return functools.partial(_each, one)
 

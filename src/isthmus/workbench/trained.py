@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.errors import UnknownNameError
-from isthmus.folders import EMBEDDED, kept
+from isthmus.folders import kept
 from isthmus.training.data import Data
 from isthmus.training.loop import Plan, Progress
 from isthmus.training.system import CONFIG, Scale, TrainedSystem, train
@@ -34,8 +34,7 @@ def at_hand(system: type[TrainedSystem], report: Callable[[Progress], None] | No
         system: Its class.
         report: Called after every step of a training.
     """
-    embedded = EMBEDDED / system.name
-    return embedded if (embedded / CONFIG).exists() else trained(system, report=report)
+    return system.embedded() or trained(system, report=report)
 
 
 def trained(
