@@ -32,15 +32,22 @@ def test_the_balancer_on_two_quadratics() -> None:
     for scale in (1e-3, 1.0, 1e4):
         balancer = LossBalancer({"one": 1.0, "two": 4.0}, decay=0.9)
         for _ in range(50):
-            x = torch.zeros(2, requires_grad=True)
+            x = torch.zeros(1, 2, requires_grad=True)
             losses = {
                 "one": scale * (x - target[0]).square().sum(),
                 "two": (x - target[1]).square().sum(),
             }
             found, shares = balancer.gradient(losses, x)
         # unit vectors -e1 and -e2, times 1/5 and 4/5
-        assert torch.allclose(found, torch.tensor([-0.2, -0.8]), atol=1e-5)
+        assert torch.allclose(found, torch.tensor([[-0.2, -0.8]]), atol=1e-5)
         assert float(shares["two"]) == pytest.approx(0.8, abs=1e-5)
+
+
+def test_norms_are_those_of_a_sound_however_many_there_are() -> None:
+    for count in (1, 9):
+        x = torch.zeros(count, 4, requires_grad=True)
+        found, _ = LossBalancer({"one": 1.0}).gradient({"one": (x - 1).square().mean()}, x)
+        assert torch.allclose(found.norm(dim=1), torch.ones(count))
 
 
 def test_fixed_weights_follow_the_losses_scale() -> None:

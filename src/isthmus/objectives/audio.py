@@ -121,6 +121,9 @@ class LossBalancer(nn.Module):
 
         g_i = dl_i / dx'      G_i: moving average of || g_i ||      sum of R w_i / (sum w) g_i / G_i
 
+    Norms are means over the sounds of a batch, so that what is learnt from beside the balance
+    (commitment) weighs as much in large batches as in small ones.
+
     Losses that do not depend on x' (commitment) stay outside. The averages are buffers: a run that
     is resumed goes on with them.
 
@@ -172,7 +175,7 @@ class LossBalancer(nn.Module):
         """
         names, places = list(losses), {name: i for i, name in enumerate(self.weights)}
         grads = [torch.autograd.grad(losses[name], x, retain_graph=True)[0] for name in names]
-        norms = torch.stack([g.norm() for g in grads])
+        norms = torch.stack([g.view(len(g), -1).norm(dim=1).mean() for g in grads])
         at = torch.tensor([places[name] for name in names], device=x.device)
         weights = torch.tensor([self.weights[name] for name in names], device=x.device)
         if not self.balance:

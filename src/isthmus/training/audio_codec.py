@@ -3,10 +3,11 @@
 ::
 
     x ─▶ encoder ─▶ quantizer ─▶ decoder ─▶ x'      losses of x' ─▶ balancer ─▶ one gradient at x'
-                       │ codes ─▶ model of codes     x, x' ─▶ discriminator, with its own loss
+                       │                             x, x' ─▶ discriminator, with its own loss
+                       codes ─▶ model of codes, when all the rest has learnt and stays as it is
 
-Everything is one module and one step: what the discriminator learns from has no gradient into the
-codec, and what the codec learns from is the gradient at x' that the balancer gives.
+Codec and discriminator take one step together: what the discriminator learns from has no gradient
+into the codec, and what the codec learns from is the gradient at x' that the balancer gives.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class AudioCodec(nn.Module):
         decoder: [B, D, T] to [B, 1, N].
         goals: What it learns from.
         discriminator: Judges sounds [B, N]; None learns without.
-        lm: Model of the codes; it learns beside the codec, from codes alone.
+        lm: Model of the codes; it learns last, from the codes alone.
     """
 
     def __init__(
@@ -103,11 +104,15 @@ class AudioCodec(nn.Module):
         """The loss of sounds, and what to report.
 
         Args:
-            x: [B, N], N a multiple of the hop.
+            x: [B, N], N a multiple of the hop; or codes, int64 [n_q, B, T], from which the model of
+                the codes learns and nothing else.
             n_q: Codebooks used; 0 lets vectors pass as they are, so that codebooks can begin later.
             judged: Whether the codec learns from the discriminator.
             judging: Whether the discriminator learns.
         """
+        if self.lm is not None and not x.is_floating_point():
+            nats = self.lm.nats(x).mean()
+            return nats, {"nats": nats.detach()}
         z = self.encoder(x[:, None])
         found: Any = None if n_q == 0 else self.quantizer(z, n_q)
         y = self.decoder(z if found is None else found.z_q)[:, 0]
@@ -122,9 +127,6 @@ class AudioCodec(nn.Module):
             total = total + self.goals.commitment * found.commit_loss
             told |= {"commit": found.commit_loss.detach()}
             told |= {k: found.stats[k].mean() for k in ("used", "perplexity")}
-        if self.lm is not None and found is not None:
-            nats = self.lm.nats(found.codes).mean()
-            total, told["nats"] = total + nats, nats.detach()
         if judging and self.discriminator is not None:
             real = self.discriminator(x) if real is None else real
             verdict = hinge_discriminator if self.goals.hinge else least_squares_discriminator
@@ -178,6 +180,8 @@ class CodecLearner:
         data: Sounds.
         plan: The training.
         says: Plain data that decides what is learnt.
+        coding: Share of the training after which the model of the codes learns, while all else
+            stays as it is; length of its windows in seconds; and how many are a batch.
     """
 
     lower_is_better = True
@@ -190,6 +194,7 @@ class CodecLearner:
         data: Data[Spoken],
         plan: Plan,
         says: Mapping[str, Any],
+        coding: tuple[float, float, int] = (1.0, 1.0, 1),
     ) -> None:
         self.module: Any = module
         self.settings, self.plan, self.rate, self.hop = settings, plan, module.goals.rate_hz, hop
@@ -197,15 +202,21 @@ class CodecLearner:
         self.train = list(data.train)
         self.valid = [record.sound.at(self.rate) for record in data.valid[:16]]
         self.window = round(settings.segment_s * self.rate) // hop * hop
+        self.coding_from, coding_s, self.coding_size = coding
+        self.frames = max(2, round(coding_s * self.rate) // hop)
+        self.codes: dict[int, Tensor] = {}  # of whole sounds, once they stay as they are
         if self.window < max(module.goals.mel_sizes):
             raise InvalidInputError(
                 f"segment_s of {settings.segment_s} is {self.window} samples, below the longest "
                 f"window, {max(module.goals.mel_sizes)}; give a longer one"
             )
 
-    def batch(self, part: int) -> tuple[Tensor, int, bool, bool]:
-        """Sounds [B, N], codebooks, and whether the discriminator counts and learns."""
+    def batch(self, part: int) -> tuple[Any, ...]:
+        """Sounds [B, N], codebooks, and whether the discriminator counts and learns; or codes."""
         s, draw = self.settings, torch.Generator().manual_seed(self.plan.seed << 32 | part)
+        done = part / (self.plan.steps * self.plan.accumulate)
+        if self.module.lm is not None and done >= self.coding_from:
+            return (self._codes(draw),)
         rows = torch.randint(len(self.train), (s.batch_size,), generator=draw).tolist()
         starts = torch.rand(s.batch_size, generator=draw).tolist()
         gains = 10 ** (torch.empty(s.batch_size, 1).uniform_(-10, 6, generator=draw) / 20)
@@ -216,12 +227,30 @@ class CodecLearner:
             at = int(start * (len(sound) - self.window + 1))
             cuts.append(sound[at : at + self.window])
         n_q = s.choices[int(torch.randint(len(s.choices), (), generator=draw))]
-        done = part / (self.plan.steps * self.plan.accumulate)
         n_q, late = (n_q if done >= s.quantized_from else 0), done >= s.judged_from
         learns = float(torch.rand((), generator=draw)) < s.judging
         return (torch.stack(cuts) * gains).clamp(-1, 1), n_q, late, late and learns
 
-    def loss(self, batch: tuple[Tensor, int, bool, bool]) -> Loss:
+    @torch.no_grad()
+    def _codes(self, draw: torch.Generator) -> Tensor:
+        """Codes [n_q, B, T] of windows, by a codec that learns no more."""
+        module, cuts = self.module, []
+        rows = torch.randint(len(self.train), (self.coding_size,), generator=draw).tolist()
+        starts = torch.rand(self.coding_size, generator=draw).tolist()
+        for row, start in zip(rows, starts, strict=True):
+            if row not in self.codes:
+                sound = self.train[row].sound.at(self.rate)
+                more = max(-len(sound) % self.hop, self.frames * self.hop - len(sound))
+                x = F.pad(sound, (0, more))[None, None].to(module.quantizer.layers[0].embed)
+                self.codes[row] = module.quantizer.encode(module.encoder(x))[:, 0].cpu()
+            found = self.codes[row]
+            at = int(start * (found.shape[1] - self.frames + 1))
+            cuts.append(found[:, at : at + self.frames])
+        choices = self.settings.choices
+        n_q = choices[int(torch.randint(len(choices), (), generator=draw))]
+        return torch.stack(cuts, 1)[:n_q]
+
+    def loss(self, batch: tuple[Any, ...]) -> Loss:
         """Of one batch."""
         total, told = self.module(*batch)
         return Loss(total, 1.0, dict(told))

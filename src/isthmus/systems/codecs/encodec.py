@@ -6,12 +6,12 @@ Idea: A causal convolutional autoencoder learns from one spectral adversary unde
     gradients; a residual quantizer makes its vectors codes, and a causal Transformer tells a range
     coder how likely each code is.
 Differs: The 48 kHz stereo variant (chunks of 1 s, each normalised) is left out; channels are coded
-    one beside the other. Codec, discriminator and code model take their steps together, by one
-    optimiser; where the discriminator pauses, its momentum goes on. Dead codes get sum and count,
-    too, and residuals are of detached codes. Laws are whole numbers rather than probabilities
-    rounded to 1e-6. The code model has a learned bias for distances instead of sine positions.
-    Nets begin at the level of the sounds (seanet.level), codebooks by k-means a little later. The
-    scale small has no adversary (steps are 3.5 times as dear) and its longest stride first.
+    one beside the other. One optimiser takes the steps of all. Dead codes get sum and count, too,
+    and residuals are of detached codes. Laws are whole numbers, not probabilities rounded to 1e-6.
+    The code model has a learned bias for distances instead of sine positions. Nets begin at the
+    level of the sounds (seanet.level). The scale small has no adversary (steps are 3.5 times as
+    dear), its longest stride first, codebooks that begin later, and lighter weights of waveform and
+    commitment: vectors that are pulled to codes early on learn little more.
 
     [C, N] ─▶ SEANet ─▶ RVQ ─▶ codes [n_q, C, T] ─▶ code model ─▶ range coder ─▶ a frame a second
 """
@@ -67,6 +67,8 @@ class Settings:
         choices: Numbers of codebooks that are trained, one for each batch.
         decay: Of the codebooks' averages; few steps want faster ones.
         dead_below: See :class:`~isthmus.nn.quantize.VQ`; small batches need less.
+        l1: Weight of the distance of waveforms.
+        commitment: Weight of the codebooks' own loss.
         balance: Whether the balancer shares out the gradient; off, weights are fixed.
         balance_decay: Of its averages.
         mel_sizes: Windows of the spectral loss.
@@ -77,7 +79,10 @@ class Settings:
         judging: How often it learns.
         coded: Whether the code model's laws are used; off, codes cost their raw bits.
         lm: Of the code model: width, blocks, heads, and width of the feed-forwards.
-        lm_reach_s: How far back it sees; no farther than segments are long.
+        lm_reach_s: How far back it sees; no farther than its windows are long.
+        lm_learns: Share of the training after which it learns, and all else stays as it is; length
+            of its windows in seconds, and how many are a batch.
+        lm_dropout: While it learns.
         packet_s: Sound in a frame of the file.
         batch_size: Windows of a batch.
         segment_s: Their length.
@@ -93,6 +98,8 @@ class Settings:
     choices: tuple[int, ...] = (2, 4, 8, 16, 32)
     decay: float = 0.99
     dead_below: float = 2.0
+    l1: float = 0.1
+    commitment: float = 1.0
     balance: bool = True
     balance_decay: float = 0.999
     mel_sizes: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048)
@@ -104,6 +111,8 @@ class Settings:
     coded: bool = True
     lm: tuple[int, int, int, int] = (200, 5, 8, 800)
     lm_reach_s: float = 3.5
+    lm_learns: tuple[float, float, int] = (0.5, 5.0, 64)
+    lm_dropout: float = 0.0
     packet_s: float = 1.0
     batch_size: int = 64
     segment_s: float = 1.0
@@ -148,6 +157,7 @@ class Encodec(SoundCodec):
                 disc_width=2,
                 lm=(8, 1, 2, 16),
                 lm_reach_s=0.2,
+                lm_learns=(0.5, 0.4, 4),
                 packet_s=0.4,
                 batch_size=2,
                 segment_s=0.2,
@@ -167,28 +177,33 @@ class Encodec(SoundCodec):
                 choices=(2, 4, 8),
                 decay=0.97,
                 dead_below=0.5,
+                l1=0.01,
+                commitment=0.005,
                 balance_decay=0.99,
                 mel_sizes=(256, 512, 1024),
                 disc_sizes=(),
-                quantized_from=0.05,
+                quantized_from=0.2,
                 lm=(96, 2, 4, 384),
                 lm_reach_s=0.5,
+                lm_learns=(0.5, 1.0, 64),
+                lm_dropout=0.1,
                 batch_size=16,
                 segment_s=0.5,
             ),
             replace(
                 _ADAM,
-                steps=1200,
+                steps=2400,
                 learning_rate=4e-3,
+                schedule="two-plateaus",
                 betas=(0.8, 0.99),
                 warmup_steps=20,
-                validate_every=1200,
+                validate_every=2400,
             ),
             "workbench:speech-docs",
         ),
         "paper": Scale(
             Settings(),
-            replace(_ADAM, steps=600_000, schedule="constant", validate_every=20_000),
+            replace(_ADAM, steps=1_200_000, schedule="constant", validate_every=20_000),
             "workbench:speech-docs",
         ),
     }
@@ -197,15 +212,16 @@ class Encodec(SoundCodec):
         s: Settings = settings or Settings()
         super().__init__(s)
         sizes = (s.width, s.dim, s.strides)
-        how: Any = {"mel_sizes": s.mel_sizes, "balance": s.balance, "decay": s.balance_decay}
+        how: Any = {"l1": s.l1, "commitment": s.commitment, "mel_sizes": s.mel_sizes}
+        how |= {"balance": s.balance, "decay": s.balance_decay}
         reach = max(1, round(s.lm_reach_s * s.rate_hz / s.hop))
         self.module: AudioCodec = AudioCodec(
             SEANetEncoder(*sizes, lstm=s.lstm),
             RVQ(s.dim, s.size, s.codebooks, decay=s.decay, dead_below=s.dead_below),
             SEANetDecoder(*sizes, lstm=s.lstm),
-            Goals(s.rate_hz, **how),  # the paper's weights: 0.1, 1, 3, 3 and 1
+            Goals(s.rate_hz, **how),  # spectra 1, adversary 3, its features 3
             STFTDiscriminator(s.disc_sizes, s.disc_width) if s.disc_sizes else None,
-            CodeLM(s.codebooks, s.size, *s.lm, reach=reach),
+            CodeLM(s.codebooks, s.size, *s.lm, reach=reach, dropout=s.lm_dropout),
         )
 
     @classmethod
@@ -219,7 +235,7 @@ class Encodec(SoundCodec):
     def learner(self, data: Data[Spoken], plan: Plan) -> CodecLearner:
         """See :class:`~isthmus.training.audio_codec.CodecLearner`."""
         s, says = self.settings, {"settings": asdict(self.settings)}
-        return CodecLearner(self.module, s.hop, s, data, plan, says)
+        return CodecLearner(self.module, s.hop, s, data, plan, says, s.lm_learns)
 
     @classmethod
     def read_files(cls, settings: Settings, folder: Path) -> Self:
@@ -318,7 +334,8 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
     equal = all(torch.equal(a, b) for a, b in zip(back, same, strict=True))
     streams = [trials.streamed(module, x, s.hop) for x in sounds[:8]]
     vectors, apart, moved = (max(map(float, column)) for column in zip(*streams, strict=True))
-    learner, weights = codec.learner(heard, told.plan), module.balancer.weights
+    learner = codec.learner(heard, replace(told.plan, steps=1000))  # 24 batches of the codec's part
+    weights = module.balancer.weights
     drift, loose = (
         trials.off_weights(trials.gradient_shares(module, learner, balance=b), weights)
         for b in (True, False)
