@@ -68,9 +68,9 @@ class Answer:
 class TrainedSystem:
     """Base of the systems that are trained as a whole.
 
-    A subclass sets the class attributes, :meth:`untrained`, :meth:`learner` and :meth:`run`.
-    Whatever it needs besides settings and weights (a tokenizer, a vocabulary) it writes and reads
-    in :meth:`write_files` and :meth:`read_files`.
+    A subclass sets the class attributes, :meth:`learner` and :meth:`run`. What it takes from its
+    data set it reads in :meth:`untrained`, and whatever it needs besides settings and weights (a
+    tokenizer, a vocabulary) it writes and reads in :meth:`write_files` and :meth:`read_files`.
 
     Attributes:
         name: The slug.
@@ -100,7 +100,8 @@ class TrainedSystem:
     @classmethod
     def untrained(cls, settings: Any, data: Data[Any]) -> Self:
         """A new system for a data set; weights are drawn from torch's generator."""
-        raise NotImplementedError
+        del data
+        return cls(settings)
 
     def learner(self, data: Data[Any], plan: Plan) -> Learner:
         """What the loop trains: batches, loss and validation over ``self.module``."""
@@ -122,10 +123,10 @@ class TrainedSystem:
     @classmethod
     def read_files(cls, settings: Any, folder: Path) -> Self:
         """A system with the weights of a folder."""
-        raise NotImplementedError
+        return cls(settings).load_weights(folder)
 
     def load_weights(self, folder: Path) -> Self:
-        """Fill ``self.module`` with the weights of a folder; for :meth:`read_files`."""
+        """Fill ``self.module`` with the weights of a folder; see :meth:`read_files`."""
         self.module.load_state_dict(load_file(folder / WEIGHTS))
         self.module.eval()
         return self

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -236,11 +235,6 @@ class Encodec(SoundCodec):
         """See :class:`~isthmus.training.audio_codec.CodecLearner`."""
         s, says = self.settings, {"settings": asdict(self.settings)}
         return CodecLearner(self.module, s.hop, s, data, plan, says, s.lm_learns)
-
-    @classmethod
-    def read_files(cls, settings: Settings, folder: Path) -> Self:
-        """A codec with the weights of a folder."""
-        return cls(settings).load_weights(folder)
 
     # coding -----------------------------------------------------------------------------------
 

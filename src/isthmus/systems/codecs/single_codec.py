@@ -20,8 +20,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -198,21 +197,10 @@ class SingleCodec(SoundCodec):
         how: Any = {"decay": s.decay, "dead_below": s.dead_below, "disc_width": s.disc_width}
         self.module: MelCodec = MelCodec(form, s.size, **how)
 
-    @classmethod
-    def untrained(cls, settings: Settings, data: Data[Spoken]) -> Self:
-        """A new codec."""
-        del data
-        return cls(settings)
-
     def learner(self, data: Data[Spoken], plan: Plan) -> MelCodecLearner:
         """See :class:`~isthmus.training.mel_codec.MelCodecLearner`."""
         says = {"settings": asdict(self.settings)}
         return MelCodecLearner(self.module, self.spectrum, self.settings, data, plan, says)
-
-    @classmethod
-    def read_files(cls, settings: Settings, folder: Path) -> Self:
-        """A codec with the weights of a folder."""
-        return cls(settings).load_weights(folder)
 
     def decode_config(self) -> dict[str, Any]:
         """What a decoder is built from."""

@@ -148,12 +148,6 @@ class StemVideo(TrainedCodec):
         )
         self._coder: HyperCoder | None = None
 
-    @classmethod
-    def untrained(cls, settings: Settings, data: Data[Moving]) -> Self:
-        """A new codec."""
-        del data
-        return cls(settings)
-
     def learner(self, data: Data[Moving], plan: Plan) -> ClipLearner:
         """See :class:`~isthmus.training.clip_codec.ClipLearner`."""
         self._coder = None

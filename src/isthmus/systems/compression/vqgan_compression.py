@@ -22,7 +22,6 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
@@ -182,11 +181,6 @@ class VqganCompression(TrainedCodec):
     def learner(self, data: Data[Pictured], plan: Plan) -> VQPictureLearner:
         """See :class:`~isthmus.training.vq_picture.VQPictureLearner`."""
         return VQPictureLearner(self.module, self.settings, data, plan)
-
-    @classmethod
-    def read_files(cls, settings: Settings, folder: Path) -> Self:
-        """A codec with the weights of a folder."""
-        return cls(settings).load_weights(folder)
 
     def but(self, **changed: Any) -> Self:
         """The same weights under other settings of coding."""

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -197,19 +196,9 @@ class Denoiser(TrainedSystem):
             s.zeros,
         )
 
-    @classmethod
-    def untrained(cls, settings: Settings, data: Data[Noisy]) -> Self:
-        """A new denoiser."""
-        return cls(settings)
-
     def learner(self, data: Data[Noisy], plan: Plan) -> Learner:
         """See :class:`Learner`."""
         return Learner(self, data, plan)
-
-    @classmethod
-    def read_files(cls, settings: Settings, folder: Path) -> Self:
-        """A denoiser with the weights of a folder."""
-        return cls(settings).load_weights(folder)
 
     @torch.no_grad()
     def run(self, given: str) -> Answer:

@@ -19,8 +19,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import nn
@@ -197,12 +196,6 @@ class SigmaMoe(TrainedSystem):
         for layer in self.module.global_layers:
             layer.mlp = feed_forward(settings)
 
-    @classmethod
-    def untrained(cls, settings: Settings, data: Data[str]) -> Self:
-        """Random weights; the bytes are known."""
-        del data
-        return cls(settings)
-
     def learner(self, data: Data[str], plan: Plan) -> BalancedLearner:
         """Pieces from anywhere in the texts."""
         return BalancedLearner(self, data, plan.seed)
@@ -226,11 +219,6 @@ class SigmaMoe(TrainedSystem):
         found = self.model.generate(kept, max_new_tokens=min(room, known - len(kept)))
         record = {"continuation": found.text, "bytes": len(found.tokens), "read": len(kept)}
         return Answer(given + found.text, record)
-
-    @classmethod
-    def read_files(cls, settings: Settings, folder: Path) -> Self:
-        """Read the weights."""
-        return cls(settings).load_weights(folder)
 
 
 class BalancedLearner(ByteLearner):

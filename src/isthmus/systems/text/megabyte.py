@@ -20,8 +20,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 
@@ -105,12 +104,6 @@ class Megabyte(TrainedSystem):
         super().__init__(settings)
         self.module = BytePatches(settings)
 
-    @classmethod
-    def untrained(cls, settings: Settings, data: Data[str]) -> Self:
-        """Random weights; the bytes are known."""
-        del data
-        return cls(settings)
-
     def learner(self, data: Data[str], plan: Plan) -> PatchLearner:
         """Pieces from anywhere in the texts."""
         return PatchLearner(self, data, plan.seed)
@@ -143,11 +136,6 @@ class Megabyte(TrainedSystem):
             InvalidInputError: It is no text that UTF-8 can write.
         """
         return _bits(judged(self.module, stream([text]), strided=self.settings.strided))
-
-    @classmethod
-    def read_files(cls, settings: Settings, folder: Path) -> Self:
-        """Read the weights."""
-        return cls(settings).load_weights(folder)
 
 
 class PatchLearner(ByteLearner):

@@ -16,8 +16,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -200,17 +199,6 @@ class Deeplabv3plus(TrainedSystem):
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         self.module = Network(settings).eval()
-
-    @classmethod
-    def untrained(cls, settings: Settings, data: Data[Masked]) -> Self:
-        """A new network; it does not depend on the data."""
-        del data
-        return cls(settings)
-
-    @classmethod
-    def read_files(cls, settings: Settings, folder: Path) -> Self:
-        """A network with the weights of a folder."""
-        return cls(settings).load_weights(folder)
 
     def learner(self, data: Data[Masked], plan: Plan) -> Learner:
         """Cross-entropy of every labelled pixel."""

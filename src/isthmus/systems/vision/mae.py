@@ -176,12 +176,6 @@ class Mae(TrainedSystem):
             placeholder=s.mask_inside,
         ).eval()
 
-    @classmethod
-    def untrained(cls, settings: Settings, data: Data[Pictured]) -> Self:
-        """A new network; it does not depend on the data."""
-        del data
-        return cls(settings)
-
     def learner(self, data: Data[Pictured], plan: Plan) -> Learner:
         """Squared error of hidden patches."""
         return Learner(self, data, plan.seed)
