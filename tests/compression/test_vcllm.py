@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 
 import pytest
 import torch
 
+from isthmus.codecs import weights
 from isthmus.codecs.base import pack, unpack
-from isthmus.errors import InvalidInputError
+from isthmus.errors import BrokenFileError, InvalidInputError
 from isthmus.roles import Signal
 from isthmus.systems.compression.vcllm import Settings, Vcllm, _tiles, bits_at, error
 from isthmus.testing import check_codec
@@ -54,6 +57,52 @@ def test_the_rate_is_kept_and_used() -> None:
         assert error(x, back) < 0.15
     with pytest.raises(InvalidInputError, match="too few"):
         pack(Vcllm(), signal(x), io.BytesIO(), rate=0.01)
+
+
+def test_layers_serve_fine_tensors() -> None:
+    """At the error of 8 bits in groups they are chosen, and take fewer bits than that, and than one
+    picture at no smaller error; at the error of 4 bits one picture is kept."""
+    x = drawn(256, 256)
+    rounded, spent = weights.by_groups(x, 8)
+    codec = Vcllm(Settings(bits=12, preset="veryfast"))
+    data = codec.tensor(x, rate=8.4)
+    assert data[4] > 0 and 8.3 < 8 * len(data) / x.numel() <= 8.4 < spent
+    assert error(x, codec.restored(data, x.shape)) < error(x, rounded)
+    alone = Vcllm(Settings(bits=12, preset="veryfast", qp=2))
+    one = alone.tensor(x)
+    assert one[4] == 0 and len(one) > 1.05 * len(data)
+    assert error(x, alone.restored(one, x.shape)) > error(x, codec.restored(data, x.shape))
+    assert codec.tensor(x, rate=4.0)[4] == 0
+
+
+def test_files_of_layers() -> None:
+    """Another process reads the same numbers from them; damaged ones are refused in one line."""
+    x, out = drawn(96, 128), io.BytesIO()
+    pack(Vcllm(Settings(tile=64)), signal(x), out, rate=10.0)
+    back = torch.cat(list(unpack(out.getvalue()).signal.chunks))
+    assert error(x, back) < 3e-5
+    code = (
+        "import sys, torch; from isthmus.codecs.base import unpack\n"
+        "x = torch.cat(list(unpack(sys.stdin.buffer.read()).signal.chunks))\n"
+        "sys.stdout.buffer.write(x.numpy().tobytes())"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], input=out.getvalue(), capture_output=True, check=True
+    )
+    assert run.stdout == back.numpy().tobytes()
+    codec = Vcllm(Settings(tile=64))
+    data = codec.tensor(x, rate=10.0)
+    assert data[16] > 0  # four tiles have four lows and four scales
+    other = bytes([data[16] + 1])
+    for bad in (data[:16], data[:16] + other + data[17:], data[:16] + b"\6" + data[17:], data[:-9]):
+        with pytest.raises(BrokenFileError, match=r"cut off|pictures|layers|decoded"):
+            codec.restored(bad, x.shape)
+    file = bytearray(out.getvalue())
+    for at in range(len(file) // 3, len(file), 997):
+        file[at] ^= 16
+        with pytest.raises(BrokenFileError):
+            list(unpack(bytes(file)).signal.chunks)
+        file[at] ^= 16
 
 
 def test_structure_is_found() -> None:
