@@ -140,8 +140,8 @@ class LossBalancer(nn.Module):
     Example:
         >>> x = torch.tensor([3.0], requires_grad=True)
         >>> both = {"a": 50 * x.square().sum(), "b": -x.sum()}  # gradients 300 and -1
-        >>> gradient, shares = LossBalancer({"a": 1.0, "b": 3.0}).gradient(both, x)
-        >>> gradient.tolist(), shares["a"].item()  # 1/4 - 3/4
+        >>> gradient, norms = LossBalancer({"a": 1.0, "b": 3.0}).gradient(both, x)
+        >>> gradient.tolist(), norms["a"].item()  # 1/4 - 3/4
         ([-0.5], 0.25)
     """
 
@@ -171,7 +171,7 @@ class LossBalancer(nn.Module):
             x: x', which they depend on.
 
         Returns:
-            A gradient of the shape of x', and shares of norms that sum to 1.
+            A gradient of the shape of x', and the norm of each loss's part in it.
         """
         names, places = list(losses), {name: i for i, name in enumerate(self.weights)}
         grads = [torch.autograd.grad(losses[name], x, retain_graph=True)[0] for name in names]
@@ -190,6 +190,4 @@ class LossBalancer(nn.Module):
         total = torch.zeros_like(x)
         for factor, grad in zip(scale, grads, strict=True):
             total = total + factor * grad
-        share = scale * norms
-        share = share / share.sum().clamp(min=1e-12)
-        return total, dict(zip(names, share, strict=True))
+        return total, dict(zip(names, scale * norms, strict=True))

@@ -117,12 +117,12 @@ class AudioCodec(nn.Module):
         found: Any = None if n_q == 0 else self.quantizer(z, n_q)
         y = self.decoder(z if found is None else found.z_q)[:, 0]
         losses, real = self._losses(x, y, judged)
-        gradient, shares = self.balancer.gradient(losses, y)
+        gradient, norms = self.balancer.gradient(losses, y)
         value = sum(self.balancer.weights[k] * v.detach() for k, v in losses.items())
         along = (y * gradient).sum()
         total = along + (value - along).detach()
         told = {k: v.detach() for k, v in losses.items()}
-        told |= {f"share_{k}": v for k, v in shares.items()}
+        told |= {f"norm_{k}": v for k, v in norms.items()}
         if found is not None:
             total = total + self.goals.commitment * found.commit_loss
             told |= {"commit": found.commit_loss.detach()}

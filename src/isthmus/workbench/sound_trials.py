@@ -156,9 +156,9 @@ def static_bytes(
 
 
 def gradient_shares(
-    module: AudioCodec, learner: CodecLearner, *, balance: bool, batches: int = 24
+    module: AudioCodec, learner: CodecLearner, *, balance: bool, batches: int = 96
 ) -> dict[str, float]:
-    """Mean shares that losses have in the gradient at the decoded sound; nothing is learnt.
+    """Shares of losses in the mean norms of gradients at the decoded sound; nothing is learnt.
 
     Args:
         module: The codec as it was trained.
@@ -172,10 +172,11 @@ def gradient_shares(
         for part in range(batches):
             _, told = module.eval()(learner.batch(part)[0], None, True)
             for name in found:
-                found[name] += float(told[f"share_{name}"]) / batches
+                found[name] += float(told[f"norm_{name}"])
     finally:
         balancer.balance = before
-    return found
+    whole = sum(found.values())
+    return {name: norm / whole for name, norm in found.items()}
 
 
 def off_weights(shares: Mapping[str, float], weights: Mapping[str, float]) -> float:

@@ -169,21 +169,21 @@ class Encodec(SoundCodec):
                 rate_hz=16_000,
                 width=8,
                 dim=64,
-                strides=(8, 5, 4, 2),
+                strides=(8, 3, 3, 3),
                 lstm=1,
                 codebooks=8,
                 size=256,
                 choices=(2, 4, 8),
                 decay=0.97,
-                dead_below=0.5,
+                dead_below=0.1,
                 l1=0.01,
                 commitment=0.005,
-                balance_decay=0.99,
+                balance_decay=0.995,
                 mel_sizes=(256, 512, 1024),
                 disc_sizes=(),
                 quantized_from=0.2,
                 lm=(96, 2, 4, 384),
-                lm_reach_s=0.5,
+                lm_reach_s=0.7,
                 lm_learns=(0.5, 1.0, 64),
                 lm_dropout=0.1,
                 batch_size=16,
@@ -328,7 +328,7 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
     equal = all(torch.equal(a, b) for a, b in zip(back, same, strict=True))
     streams = [trials.streamed(module, x, s.hop) for x in sounds[:8]]
     vectors, apart, moved = (max(map(float, column)) for column in zip(*streams, strict=True))
-    learner = codec.learner(heard, replace(told.plan, steps=1000))  # 24 batches of the codec's part
+    learner = codec.learner(heard, replace(told.plan, steps=1000))  # batches of the codec's part
     weights = module.balancer.weights
     drift, loose = (
         trials.off_weights(trials.gradient_shares(module, learner, balance=b), weights)
@@ -390,5 +390,8 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
             f"{len(sounds)} sentences in accents that were not in the training, {seconds:.0f} s; "
             f"vectors, stream and whole, {vectors:.1g} apart, {moved:.1%} of codes others",
             "a frozen recogniser, STOI and log-mel distance listen; classical coders may win",
+            "after looks at 0.97 and 0.87 of the bits: waveform and commitment weigh less, codebooks "
+            "begin later, the code model learns last, and 74 frames a second instead of 50, as in "
+            "the paper; shares are of mean norms (means of shares were 0.16 off: norms vary much)",
         ),
     )
