@@ -24,6 +24,22 @@ def test_three_runs_give_back_the_constants():
     assert worst_error(found, runs((12, 1, 50), (6, 6, 8))) < 1e-9
 
 
+def test_a_crowded_cache_is_found_and_only_where_three_depths_tell_it():
+    true = DepthCost(0.004, 0.0007, 0.0021, 0.0003)
+    splits = [(1, 1), (6, 1), (1, 6), (1, 3), (12, 1), (6, 6), (4, 4)]
+    measured = [Run(e, d, 20, true.seconds(e, d, 20)) for e, d in splits]
+    assert measured[5].seconds == pytest.approx(
+        6 * 0.004 + 20 * (6 * 0.0007 + 30 * 0.0003 + 0.0021)
+    )
+    found = DepthCost.fit(measured[:4])
+    assert found.crowding_s == pytest.approx(0.0003, rel=1e-9)
+    assert worst_error(found, measured[4:]) < 1e-9
+    without = DepthCost.fit(measured[:3])  # the paper's law, which a bent curve leads astray
+    assert without.crowding_s == 0
+    assert worst_error(without, measured[4:]) > 0.15
+    assert DepthCost.fit(runs((1, 1, 20), (6, 1, 20), (1, 6, 20), (1, 3, 20))).crowding_s < 1e-12
+
+
 def test_noise_of_a_twentieth_stays_within_a_fifth():
     measured = runs((1, 1, 20), (6, 1, 20), (1, 6, 20), (4, 4, 20), noise=0.05)
     assert 0 < worst_error(DepthCost.fit(measured), runs((12, 1, 20), (6, 6, 20))) < 0.2

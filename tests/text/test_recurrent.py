@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from isthmus.decoding.phrase_table import PhraseTable, accuracy, best_lists, rea
 from isthmus.errors import InvalidInputError
 from isthmus.models.phrase_network import PhraseNetwork
 from isthmus.nn.recurrent import GatedUnit
-from isthmus.systems.text.rnn_encoder_decoder import RnnEncoderDecoder
+from isthmus.systems.text.rnn_encoder_decoder import RnnEncoderDecoder, aligned
 from isthmus.training.data import Data, Pair
 from isthmus.workbench import numbers
 
@@ -98,6 +99,16 @@ def test_a_phrase_table_counts_and_a_feature_decides_a_tie():
     assert accuracy(lists, [("4", "9")], weights) == 1.0
     assert reachable(lists, [("4", "9")]) == 1.0 and reachable(lists, [("4", "4")]) == 0.0
     assert tuned(lists, [("4", "9")], network=False)[2] == 0.0
+
+
+def test_errors_of_alignment_stay_inside_a_sentence():
+    kinds = [Pair(f"s{n}", f"t{n}") for n in range(50)]
+    found = aligned(kinds, 2_000, random.Random(0))
+    crossed = 0
+    for a, b in zip(found[::2], found[1::2], strict=True):
+        assert {a.source[1:], b.source[1:]} == {a.target[1:], b.target[1:]}
+        crossed += a.source[1:] != a.target[1:]
+    assert 0.16 < crossed / 2_000 < 0.23
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,10 @@ Differs: A moving average of the weights stands for the average of the last 5 ch
     trained models answer greedily where nobody asks for a beam. Mask-predict reads the length of
     a target off the mean of the encoder's states instead of a token of its own, and tries 3
     lengths instead of 5. Teachers are trained here like all else: first a model without a teacher.
+    The law of time has one more term than the paper's: decoder layers crowd the processor's cache.
 
     teacher (6-6) --beam 5--> pairs --> 12 encoder layers, 1 decoder layer
-    time = E * c_enc + T * (D * c_dec + c_out)
+    time = E * c_enc + T * (D * c_dec + D * (D - 1) * c_crowd + c_out)
 """
 
 from __future__ import annotations
@@ -230,14 +231,14 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
         per_s[batch] = {name: count / t.median_s for name, t in times[batch].items()}
     gain = {b: ratio(times[b]["even"], times[b]["deep"]) for b in times}
     none = ratio(times[1]["even"], times[1]["off"])
-    paper, cost, error, narrow = _depths(ruler, small)
+    paper, cost, errors, narrow = _depths(ruler, small)
 
     learnt = min(right[EVEN], right[DEEP])
     lost = right[DEEP] - right[EVEN] if learnt > 90 else None  # else nothing was learnt to compare
     gates = (
         Gate("S1, 5-1 over 3-3", gain[1].median, ">=", 1.4),
         Gate("S1, idea off over 3-3", none.median, "<", 1.2),
-        Gate("largest error of the cost model", error, "<=", 0.2),
+        Gate("largest error of the cost model", errors[1], "<=", 0.2),
         Gate("exact answers of the worse arm, %", learnt, ">", 90.0),
         Gate("exact answers, 5-1 less 3-3, points", lost, ">=", -2.0),
     )
@@ -264,7 +265,12 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
             "S1 of 13 M weights, compiled forward", "tokens/s", paper[0], paper[1], paper[0],
             note=f"12-1 over 6-6: {paper[2]}",
         ),
-        Row("largest error of the cost model", "share", None, error, None),
+        Row(
+            "largest error of the cost model", "share", errors[0], errors[1], None,
+            note="baseline: the paper's three costs, from 1-1, 6-1 and 1-6; ours: from 1-3 as "
+            "well, with a cost for crowding; on 12-1, 6-6, 3-3, 6-2 and 4-4, which neither has "
+            "seen",
+        ),
     )  # fmt: skip
     return Claim(
         slug="deep-shallow",
@@ -285,9 +291,14 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
             f"Compiled, layers of 64 cost less than the loop around them: 5-1 over 3-3 is "
             f"{narrow} there.",
             "Costs at 256 wide, compiled, one sentence of 24 tokens: an encoder layer "
-            f"{1e3 * cost.encoder_s:.3f} ms; a token {1e3 * cost.decoder_s:.3f} ms a decoder layer "
-            f"and {1e3 * cost.output_s:.3f} ms besides (vocabulary 8000), which is "
+            f"{1e3 * cost.encoder_s:.3f} ms; a token {1e3 * cost.decoder_s:.3f} ms a decoder "
+            f"layer, {1e3 * cost.crowding_s:.3f} ms more for each other one, and "
+            f"{1e3 * cost.output_s:.3f} ms besides (vocabulary 8000), which is "
             f"{cost.output_share(12, 1, 32):.0%} of the time of 12-1.",
+            "A first look had the paper's three costs alone, which were off by 0.34 at 3-3: a "
+            "layer of a deep decoder costs more than that of a shallow one, whose weights stay in "
+            "the cache. The term for it, one more run, two more splits to predict and nine "
+            "repeats instead of five came after it.",
         ),
     )
 
@@ -343,14 +354,18 @@ def _filling(network: MaskedTranslation, batches: Sequence[torch.Tensor]) -> Non
         fill_ids(network, source, PASSES)
 
 
-def _depths(ruler: Ruler, small: bool) -> tuple[tuple[float, float, Any], DepthCost, float, Any]:
+def _depths(
+    ruler: Ruler, small: bool
+) -> tuple[tuple[float, float, Any], DepthCost, tuple[float, float], Any]:
     """Random networks through the compiled forward, one sentence at a time.
 
     Returns:
-        Tokens a second of 6-6 and of 12-1 and their ratio; the costs that 1-1, 6-1 and 1-6 say;
-        the largest error of what these predict for other splits; and 5-1 over 3-3 at 64 wide.
+        Tokens a second of 6-6 and of 12-1 and their ratio; the costs that 1-1, 6-1, 1-6 and 1-3
+        say; the largest error of what the first three and all four of these predict for other
+        splits; and 5-1 over 3-3 at 64 wide.
     """
-    fitted, others = ((1, 1), (6, 1), (1, 6)), ((12, 1), (6, 6), (3, 3))
+    fitted = (1, 1), (6, 1), (1, 6), (1, 3)
+    others = (12, 1), (6, 6), (3, 3), (6, 2), (4, 4)
     new, length, count = (32, 24, 8) if small else (4, 8, 8)
     generator = torch.Generator().manual_seed(0)
     sources = list(torch.randint(2, 300, (count, length), generator=generator))
@@ -368,15 +383,16 @@ def _depths(ruler: Ruler, small: bool) -> tuple[tuple[float, float, Any], DepthC
             models[f"{e}-{d}"] = Model(best_target(network.to_hf()))
         return {name: _translating(m, sources, 1, new) for name, m in models.items()}
 
-    repeats = 5 if small else 1
+    repeats = 9 if small else 1
     times = ruler.compare(runs((*fitted, *others), 256, 8_000 if small else 512), repeats=repeats)
 
     def measured(splits: Sequence[tuple[int, int]]) -> list[Run]:
         return [Run(e, d, new, times[f"{e}-{d}"].median_s / count) for e, d in splits]
 
-    cost = DepthCost.fit(measured(fitted))
+    cost, plain = DepthCost.fit(measured(fitted)), DepthCost.fit(measured(fitted[:3]))
+    errors = worst_error(plain, measured(others)), worst_error(cost, measured(others))
     paper = ratio(times["6-6"], times["12-1"])
     speeds = [new * count / times[name].median_s for name in ("6-6", "12-1")]
     narrow = ruler.compare(runs((EVEN, DEEP), 64, 300), repeats=repeats)
     wins = ratio(narrow["3-3"], narrow["5-1"])
-    return (speeds[0], speeds[1], paper), cost, worst_error(cost, measured(others)), wins
+    return (speeds[0], speeds[1], paper), cost, errors, wins
