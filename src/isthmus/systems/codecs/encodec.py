@@ -390,8 +390,9 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
             f"{len(sounds)} sentences in accents that were not in the training, {seconds:.0f} s; "
             f"vectors, stream and whole, {vectors:.1g} apart, {moved:.1%} of codes others",
             "a frozen recogniser, STOI and log-mel distance listen; classical coders may win",
-            "after looks at 0.97 and 0.87 of the bits: waveform and commitment weigh less, codebooks "
-            "begin later, the code model learns last, and 74 frames a second instead of 50, as in "
-            "the paper; shares are of mean norms (means of shares were 0.16 off: norms vary much)",
+            "after looks at 0.97 and 0.87 of the bits: waveform and commitment weigh less, "
+            "codebooks begin later, the code model learns last, and 74 frames a second instead of "
+            "50, as in the paper; shares are of mean norms (means of shares were 0.16 off: norms "
+            "vary much)",
         ),
     )
