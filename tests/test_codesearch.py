@@ -60,6 +60,29 @@ def test_long_documents_hide_one_passage(words: int) -> None:
     assert tasks.long("test", words, seed=1).documents != task.documents
 
 
+def test_a_span_is_found_by_its_rare_words_and_its_meaning() -> None:
+    task = tasks.containing(64, 200, seed="a")
+    assert len(task.documents) == 500 and len(task.queries) == 200
+    again, other = tasks.containing(64, 200, seed="a"), tasks.containing(64, 200, seed="b")
+    assert again == task and other.documents == task.documents and other.queries != task.queries
+    fewest, most = tasks.SPAN
+    for query, text in task.queries.items():
+        assert fewest <= len(text.split()) <= most
+        assert task.qrels[query]
+        for key in task.qrels[query]:
+            assert text in tasks.other_tongue(task.documents[key])
+    plain = tasks.containing(64, 200, seed="a", tongue=False)
+    assert plain.qrels == task.qrels
+    assert tasks.bm25(plain) > 0.95 > tasks.bm25(task) + 0.1
+    pairs = tasks.spans(64, 20, seed="a")
+    assert len(pairs) == 20 and pairs != tasks.spans(64, 20, seed="b")
+    assert all(p.source in tasks.other_tongue(p.target) for p in pairs)
+    with pytest.raises(InvalidInputError, match="at most"):
+        tasks.containing(64, 10, documents=10**6)
+    with pytest.raises(InvalidInputError, match="25 words"):
+        tasks.containing(24, 10)
+
+
 def test_wrong_parts_are_refused() -> None:
     with pytest.raises(InvalidInputError, match="train, dev, test"):
         tasks.text("tset")

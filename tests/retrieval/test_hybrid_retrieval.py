@@ -123,6 +123,18 @@ def test_it_is_written_and_read_with_its_documents(system: HybridRetrieval, tmp_
         HybridRetrieval.from_pretrained(tmp_path / "s")
 
 
+def test_each_of_several_vectors_begins_at_its_stretch() -> None:
+    torch.manual_seed(0)
+    model = DualEncoder(90, vectors=4, dimension=64, hidden_size=64, num_layers=0)
+    words = list(range(1, 81))
+    for place in range(4):
+        query = model([words[20 * place + 6 : 20 * place + 14]], query=True)
+        scores = torch.einsum("qk,mk->m", query[0], model([words])[0])
+        assert int(scores.argmax()) == place
+    alone = DualEncoder(90, vectors=1, dimension=64, hidden_size=64, num_layers=0)
+    assert not alone.stretches.weight.any()  # one vector begins at the whole document
+
+
 def test_a_query_is_not_read_as_a_document() -> None:
     torch.manual_seed(0)
     model = DualEncoder(50, vectors=2, dimension=4, hidden_size=8, num_layers=1, num_heads=2)

@@ -5,7 +5,9 @@
     w w w ──▶ tokens [T, D] ──layers──▶ states ──m weighted means──▶ [m, D] ──projection──▶ [m, k]
     score = max_j <q, d_j>
 
-Before it is trained it is a random projection of the bag of words, rare words weighing more.
+Before it is trained a vector is a random projection of the bag of words, rare words weighing more;
+of several vectors each begins with its own stretch of the document. Were they to begin alike, the
+best match would be that of the luckiest noise.
 """
 
 from __future__ import annotations
@@ -20,6 +22,12 @@ from isthmus.errors import InvalidInputError
 
 RARE = 1e-3
 """A word of this frequency weighs half of one that is never seen (Arora et al., 2017)."""
+
+STRETCHES = 64
+"""Equal stretches of a document that weights of its vectors tell apart."""
+
+OUTSIDE = -3.0
+"""Logarithm of what a word outside a vector's own stretch weighs at first."""
 
 
 class DualEncoder(nn.Module):
@@ -61,9 +69,14 @@ class DualEncoder(nn.Module):
         )
         # row 0 looks at a query, the others each at a document
         self.looks = nn.Linear(hidden_size, 1 + vectors, bias=False)
+        self.stretches = nn.Embedding(STRETCHES, 1 + vectors)  # logarithms
         self.projection = nn.Linear(hidden_size, dimension, bias=False)
         nn.init.normal_(self.places.weight, std=0.02)
         nn.init.zeros_(self.weights.weight)
+        nn.init.zeros_(self.looks.weight)
+        nn.init.zeros_(self.stretches.weight)
+        own = torch.arange(STRETCHES) * vectors // STRETCHES
+        self.stretches.weight.data[:, 1:] = OUTSIDE * (own[:, None] != torch.arange(vectors))
         nn.init.normal_(self.projection.weight, std=hidden_size**-0.5)
         for layer in self.layers:  # each begins as the identity
             nn.init.zeros_(layer.self_attn.out_proj.weight)  # type: ignore[union-attr, arg-type]
@@ -93,7 +106,9 @@ class DualEncoder(nn.Module):
         x = self.tokens(ids) + self.places(place)
         for layer in self.layers:
             x = layer(x, src_key_padding_mask=absent)
-        looks = self.looks(x)[..., :1] if query else self.looks(x)[..., 1:]
+        stretch = (place * STRETCHES // lengths[:, None]).clamp(max=STRETCHES - 1)
+        looks = self.looks(x) + self.stretches(stretch)
+        looks = looks[..., :1] if query else looks[..., 1:]
         looks = (looks + self.weights(ids)).masked_fill(absent[..., None], -torch.inf)
         means = torch.einsum("btm,btd->bmd", looks.softmax(1), x)
         return F.normalize(self.projection(means), dim=-1)

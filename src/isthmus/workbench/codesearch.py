@@ -5,6 +5,7 @@
     doc2code   the first paragraph of a docstring  ->  the function, without docstring and comments
     text       the first paragraph of a docstring  ->  what the docstring goes on to say
     long       the same query                      ->  the same passage, hidden among others
+    containing a few words in a row, common ones in another tongue  ->  the piece they stand in
 
 A package (``json``, ``asyncio`` ...) belongs wholly to ``train``, ``dev`` or ``test``, by a hash of
 its name. Counts move with the Python version; numbers in one table name the corpus digest
@@ -17,6 +18,8 @@ import ast
 import functools
 import hashlib
 import random
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -36,6 +39,8 @@ SHARES = {"train": 75, "dev": 10, "test": 15}
 
 MIN_WORDS, MAX_WORDS = 3, 256
 """Words of a query."""
+
+_LETTERS = re.compile(r"[A-Za-z]+")
 
 MIN_BODY_LINES = 3
 MIN_PASSAGE_WORDS = 8
@@ -295,6 +300,95 @@ def long(part: Part, words: int, *, seed: int = 0) -> Task:
         around.insert(rng.randint(0, len(around)), own)
         documents[key] = "\n\n".join(around)
     return Task(task.queries, documents, task.qrels)
+
+
+COMMON = 1000
+"""Words of docstrings that another tongue has a word for, the most common ones."""
+
+SPAN = (5, 25)
+"""Fewest and most words of a query of :func:`containing`."""
+
+
+@functools.lru_cache(maxsize=1)
+def _running() -> tuple[list[str], frozenset[str]]:
+    """The words of all docstrings one after another, and which are common."""
+    running = " ".join(f"{p.summary} {p.rest}" for p in passages()).split()
+    counts = Counter(_LETTERS.findall(" ".join(running).lower()))
+    return running, frozenset(word for word, _ in counts.most_common(COMMON))
+
+
+def other_tongue(text: str) -> str:
+    """A text with its common words spelt backwards; names and rare words stay.
+
+    Example:
+        >>> other_tongue("Return the xyzzy")
+        'nruter eht xyzzy'
+    """
+    common = _running()[1]
+
+    def said(match: re.Match[str]) -> str:
+        word = match[0].lower()
+        return word[::-1] if word in common else match[0]
+
+    return _LETTERS.sub(said, text)
+
+
+def containing(
+    words: int, queries: int, *, documents: int = 500, seed: str = "", tongue: bool = True
+) -> Task:
+    """Find the piece of text that some words in a row come from, which speak another tongue.
+
+    The task of Luan et al. (2020), section 5, on docstrings, made harder: what a query shares with
+    its document by the letter are names and rare words; that common ones mean the same is learnt.
+
+    Args:
+        words: Words of a document.
+        queries: Queries, each from a document drawn anew.
+        documents: Documents, the same for every seed.
+        seed: Other seeds give other queries.
+        tongue: Off, queries are the words as they stand.
+
+    Raises:
+        InvalidInputError: Documents shorter than the longest query, or too few of them.
+    """
+    running = _running()[0]
+    starts = range(0, len(running) - words, words)
+    if words < SPAN[1] or documents > len(starts):
+        raise InvalidInputError(
+            f"of {words} words there are {len(starts)} documents; ask for at most as many, of at "
+            f"least {SPAN[1]} words"
+        )
+    chosen = sorted(random.Random(f"containing {words}").sample(starts, documents))
+    texts = {str(s): " ".join(running[s : s + words]) for s in chosen}
+    rng = random.Random(f"containing {words} {seed}")
+    asked: dict[str, str] = {}
+    qrels: dict[str, dict[str, int]] = {}
+    for number in map(str, range(queries)):
+        span = _span(texts[str(rng.choice(chosen))].split(), rng)
+        asked[number] = other_tongue(span) if tongue else span
+        qrels[number] = {key: 1 for key, text in texts.items() if span in text}
+    return Task(asked, texts, qrels)
+
+
+def _span(words: list[str], rng: random.Random) -> str:
+    size = rng.randint(*SPAN)
+    start = rng.randint(0, len(words) - size)
+    return " ".join(words[start : start + size])
+
+
+def spans(words: int, count: int, *, seed: str = "") -> list[Pair]:
+    """Pairs to train for :func:`containing`: pieces of text that begin anywhere, a query each.
+
+    Args:
+        words: Words of a piece, at least those of the longest query.
+        count: Pairs.
+        seed: Other seeds give other pairs.
+    """
+    running = _running()[0]
+    rng = random.Random(f"spans {words} {seed}")
+    starts = [rng.randrange(len(running) - words) for _ in range(count)]
+    pieces = [running[s : s + words] for s in starts]
+    return [Pair(other_tongue(_span(piece, rng)), " ".join(piece)) for piece in pieces]
 
 
 def leak(task: Task) -> float:
