@@ -1130,32 +1130,40 @@ typedef struct {
   uint8_t *codes;                     /* [N, K] */
   float *nodes;                       /* [3, N] t, |t u|, |g| */
   float *lows;                        /* [threads, N, WIDTH] the largest lower bounds */
-  float *upper;                       /* [N, O] */
+  float *upper, *peaks;               /* [N, O]; [N, O / PANEL, WIDTH], the largest of each panel */
 } Screen;
 
 #if defined(WIDE) && defined(__AVX512VNNI__)
 /* u of one node; where a sum might leave the range of float32, t is no number and all bounds are off. */
 static void code(const float *x, int64_t K, uint8_t *codes, float *nodes, int64_t N) {
-  float top = 0.0f;
-  for (int64_t k = 0; k < K; k++) top = fabsf(x[k]) > top ? fabsf(x[k]) : top;
-  float t = top > 1e-30f ? top / 127.0f : 0.0f, inverse = t > 0.0f ? 1.0f / t : 0.0f;
-  double whole[LANES] = {0}, rest[LANES] = {0}, size = 0.0, off = 0.0;
+  __m256 most = _mm256_setzero_ps(), limit = _mm256_set1_ps(127.0f);
   for (int64_t k = 0; k < K; k += LANES)
-    UNROLL for (int i = 0; i < LANES; i++) {
-      float u = rintf(x[k + i] * inverse);
-      u = u < 127.0f ? u : 127.0f;
-      u = u > -127.0f ? u : -127.0f;
-      codes[k + i] = (uint8_t)((int32_t)u + 128);
-      double y = (double)t * u, g = x[k + i] - y;
-      whole[i] += y * y;
-      rest[i] += g * g;
-    }
-  for (int i = 0; i < LANES; i++) size += whole[i], off += rest[i];
-  size = sqrt(size) * 1.000001, off = sqrt(off) * 1.000001;
+    most = _mm256_max_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), _mm256_loadu_ps(x + k)), most);
+  float top = _mm512_reduce_max_ps(_mm512_insertf32x8(_mm512_setzero_ps(), most, 0));
+  float t = top > 1e-30f ? top / 127.0f : 0.0f, inverse = t > 0.0f ? 1.0f / t : 0.0f;
+  __m512d whole = _mm512_setzero_pd(), rest = whole;
+  for (int64_t k = 0; k < K; k += LANES) {
+    __m256 v = _mm256_loadu_ps(x + k);
+    __m256 u = _mm256_round_ps(_mm256_mul_ps(v, _mm256_set1_ps(inverse)), _MM_FROUND_TO_NEAREST_INT);
+    u = _mm256_max_ps(_mm256_min_ps(u, limit), _mm256_sub_ps(_mm256_setzero_ps(), limit));
+    __m256i shifted = _mm256_add_epi32(_mm256_cvtps_epi32(u), _mm256_set1_epi32(128));
+    _mm_storel_epi64((__m128i *)(codes + k), _mm256_cvtepi32_epi8(shifted));
+    __m512d y = _mm512_mul_pd(_mm512_set1_pd(t), _mm512_cvtps_pd(u));
+    __m512d g = _mm512_sub_pd(_mm512_cvtps_pd(v), y);
+    whole = _mm512_fmadd_pd(y, y, whole);
+    rest = _mm512_fmadd_pd(g, g, rest);
+  }
+  double size = sqrt(_mm512_reduce_add_pd(whole)) * 1.000001;
+  double off = sqrt(_mm512_reduce_add_pd(rest)) * 1.000001;
   off += (K + 16) * 0x1.04p-24 * (size + off);
   nodes[0] = size + off < 1e18 ? t : NAN;
   nodes[N] = size;
   nodes[2 * N] = off;
+}
+
+/* As an intrinsic, compilers copy the sums around. */
+static inline void add_products(__m512i *sums, __m512i codes, __m512i weights) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(*sums) : "v"(codes), "v"(weights));
 }
 
 #define SCREEN_BLOCK(R)                                                                          \
@@ -1174,12 +1182,12 @@ static void code(const float *x, int64_t K, uint8_t *codes, float *nodes, int64_
         int32_t four;                                                                            \
         memcpy(&four, x + r * K + k, 4);                                                         \
         __m512i value = _mm512_set1_epi32(four);                                                 \
-        UNROLL for (int v = 0; v < 4; v++) a[r][v] = _mm512_dpbusd_epi32(a[r][v], value, part[v]); \
+        UNROLL for (int v = 0; v < 4; v++) add_products(&a[r][v], value, part[v]);         \
       }                                                                                          \
     }                                                                                            \
     UNROLL for (int r = 0; r < R; r++) {                                                         \
       float *up = s->upper + (n + r) * width + p * PANEL;                                        \
-      __m512 best = _mm512_loadu_ps(low + (n + r) * WIDTH);                                      \
+      __m512 best = _mm512_loadu_ps(low + (n + r) * WIDTH), peak = _mm512_set1_ps(-INFINITY);    \
       UNROLL for (int v = 0; v < 4; v++) {                                                       \
         int64_t o = p * PANEL + v * WIDTH;                                                       \
         wf about = (wf)_mm512_cvtepi32_ps(a[r][v]) * (load_wide(s->steps + o) * s->nodes[n + r]) \
@@ -1187,9 +1195,11 @@ static void code(const float *x, int64_t K, uint8_t *codes, float *nodes, int64_
         wf off = load_wide(s->errors + o) * s->nodes[N + n + r]                                  \
                  + load_wide(s->norms + o) * s->nodes[2 * N + n + r] + load_wide(s->slack + o);  \
         store_wide(up + v * WIDTH, about + off);                                                 \
+        peak = _mm512_max_ps(peak, (__m512)(about + off));                                       \
         best = _mm512_max_ps((__m512)(about - off), best); /* the latter where the former is none */ \
       }                                                                                          \
       _mm512_storeu_ps(low + (n + r) * WIDTH, best);                                             \
+      _mm512_storeu_ps(s->peaks + ((n + r) * width / PANEL + p) * WIDTH, peak);                  \
     }                                                                                            \
   }
 
@@ -1233,21 +1243,32 @@ static void contest(const Op *op, const float *x, const int64_t *some, int count
   }
 }
 
-static int64_t winner(const Op *op, const float *x, const float *upper, float low, int64_t width) {
-  int64_t some[GROUP], first = -1;
+/* Which of some bounds reach the largest lower one; all, where that is none. */
+static inline uint32_t reach(const float *bounds, float low) {
+  return _mm512_cmp_ps_mask(_mm512_loadu_ps(bounds), _mm512_set1_ps(low), _CMP_NLT_UQ);
+}
+
+/* The first of the largest outputs of one node; without op only how many would have to be summed. */
+static int64_t winner(const Op *op, const float *x, const float *upper, const float *peaks,
+                      float low, int64_t width) {
+  int64_t some[GROUP], first = -1, left = 0;
   int count = 0;
   float top = 0.0f;
-  for (int64_t o = 0; o < width; o += WIDTH) {
-    uint32_t mask = _mm512_cmp_ps_mask(_mm512_loadu_ps(upper + o), _mm512_set1_ps(low), _CMP_NLT_UQ);
-    for (; mask; mask &= mask - 1) {
-      some[count++] = o + __builtin_ctz(mask);
-      if (count < GROUP) continue;
-      contest(op, x, some, count, &top, &first);
-      count = 0;
+  for (int64_t p = 0; p < width; p += PANEL) {
+    if (!reach(peaks + p / PANEL * WIDTH, low)) continue;
+    for (int64_t o = p; o < p + PANEL; o += WIDTH) {
+      uint32_t mask = reach(upper + o, low);
+      left += __builtin_popcount(mask);
+      for (; op && mask; mask &= mask - 1) {
+        some[count++] = o + __builtin_ctz(mask);
+        if (count < GROUP) continue;
+        contest(op, x, some, count, &top, &first);
+        count = 0;
+      }
     }
   }
   if (count) contest(op, x, some, count, &top, &first);
-  return first;
+  return op ? first : left;
 }
 
 /* The first of the largest outputs of each node, [N], of a LINEAR that was laid out. Returns 1; or 0
@@ -1281,16 +1302,15 @@ int64_t isthmus_choose(const Op *op, const Screen *s, const Call *call, int64_t 
       for (int64_t t = 1; t < call->threads; t++)
         best = _mm512_max_ps(best, _mm512_loadu_ps(s->lows + (t * N + n) * WIDTH));
       float top = s->lows[n * WIDTH] = _mm512_reduce_max_ps(best);
-      for (int64_t o = 0; o < width; o += WIDTH)
-        left += __builtin_popcount(_mm512_cmp_ps_mask(_mm512_loadu_ps(s->upper + n * width + o),
-                                                      _mm512_set1_ps(top), _CMP_NLT_UQ));
+      left += winner(0, 0, s->upper + n * width, s->peaks + n * panels * WIDTH, top, width);
     }
     if (left <= most) {
 #ifdef _OPENMP
 #pragma omp for
 #endif
       for (int64_t n = 0; n < N; n++)
-        chosen[n] = winner(op, x + n * K, s->upper + n * width, s->lows[n * WIDTH], width);
+        chosen[n] = winner(op, x + n * K, s->upper + n * width, s->peaks + n * panels * WIDTH,
+                           s->lows[n * WIDTH], width);
     }
   }
   return left <= most;

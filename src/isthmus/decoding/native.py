@@ -75,7 +75,7 @@ class Bounds(ctypes.Structure):
     """A program's screen and room to work with it, in the layout of ``native.c``."""
 
     _fields_ = tuple(
-        (name, ctypes.c_void_p) for name in (*BOUNDS, "codes", "nodes", "lows", "upper")
+        (name, ctypes.c_void_p) for name in (*BOUNDS, "codes", "nodes", "lows", "upper", "peaks")
     )
 
 
@@ -283,6 +283,7 @@ class Kernel:
             "nodes": 3 * rows,
             "lows": self.call.threads * rows * 16,
             "upper": rows * panels,
+            "peaks": rows * panels * 16 // PANEL,
         }
         for name, size in sizes.items():
             if name not in self.room or len(self.room[name]) < size:
