@@ -29,6 +29,17 @@ def _shared_networks_stay() -> Iterator[None]:
         assert not names, f"this file changed {names}; use copy.deepcopy(tiny.network(...))"
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Two threads of torch, and of the kernel."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 SYSTEM = '''\
 """{title}.
 

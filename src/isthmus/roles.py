@@ -172,7 +172,7 @@ class Step:
 
     Attributes:
         tree: The tree that was scored.
-        logits: Raw target logits at every node [B, N, V].
+        logits: Raw target logits at every node [B, N, V]; empty where nobody reads them.
         verdict: Accepted path and final token, before truncation by stop rules.
         accepted: Draft tokens accepted in each row.
         context: The context after commit (``ids`` and ``lengths`` include the new tokens).
@@ -200,10 +200,13 @@ class Scores:
     Attributes:
         logits: Law of the child of each node, before any processing, [B, N, V].
         features: Inner states at each node, when asked for.
+        choice: First of the largest logits at each node, int64 [B, N], where that alone was asked
+            for; then ``logits`` is empty.
     """
 
     logits: torch.Tensor
     features: Features | None = None
+    choice: torch.Tensor | None = None
 
 
 @runtime_checkable

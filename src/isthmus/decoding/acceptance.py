@@ -112,6 +112,7 @@ class Greedy:
     """
 
     lossless = True
+    reads_choice = True
 
     def accept(self, tree: TokenTree, logits: torch.Tensor, context: Context) -> Verdict:
         """See :class:`isthmus.roles.Acceptance`."""
@@ -440,6 +441,7 @@ class Lossless:
     """
 
     lossless = True
+    reads_choice = True  # under a greedy law
 
     def __init__(self, seed: int | None = None) -> None:
         self._greedy, self._match, self._rejection = Greedy(), Match(), Rejection()

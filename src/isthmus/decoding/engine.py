@@ -33,6 +33,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 
+from isthmus.decoding.acceptance import match_path
 from isthmus.decoding.generation import Generation
 from isthmus.decoding.stopping import Stopper
 from isthmus.decoding.tree import TokenTree
@@ -169,6 +170,17 @@ def wanted(part: Any) -> Taps:
     return taps
 
 
+def choice_suffices(policy: Any, acceptance: Any, law: Any) -> bool:
+    """Whether policy, acceptance rule and law read no more of logits than which is the largest.
+
+    A policy says so by ``reads_logits``, a rule by ``reads_choice``, a law by being plain
+    and greedy.
+    """
+    plain = bool(getattr(law, "plain", False)) and law.greedy
+    own = not getattr(policy, "reads_logits", True)
+    return plain and own and bool(getattr(acceptance, "reads_choice", False))
+
+
 def extendable(part: Any) -> bool:
     """Whether a policy or drafter, and the drafters inside it, take in rows of a running batch.
 
@@ -249,6 +261,7 @@ class _Loop:
         self.context = self.rows([])
         self.taps = wanted(policy) | wanted(acceptance) | law.taps
         self.grows = extendable(policy)
+        self.choice = choice_suffices(policy, acceptance, law)
         self.ends = torch.zeros(0, dtype=torch.int64)
 
     def run(self) -> Iterator[list[tuple[int, list[int]]]]:
@@ -384,10 +397,14 @@ class _Loop:
         tree = tree.to(getattr(self.target, "device", tree.tokens.device))
         tree = tree.below(self.ends.to(tree.tokens.device))
         t1 = clock()
-        scores = session.score(tree, taps=self.taps)
+        score = getattr(session, "choose", session.score) if self.choice else session.score
+        scores = score(tree, taps=self.taps)
         context.features = scores.features
         t2 = clock()
-        verdict = self.acceptance.accept(tree, scores.logits, context)
+        if scores.choice is None:
+            verdict = self.acceptance.accept(tree, scores.logits, context)
+        else:
+            verdict = match_path(tree, scores.choice)
         t3 = clock()
         emitted, accepted = self.commit(tree, verdict.path, verdict.token, drafter)
         t4 = clock()

@@ -294,7 +294,21 @@ class FastSession(SlotSession):
         if encoded:
             self.source = target.source(encoded)
 
+    def choose(self, tree: TokenTree, *, taps: Taps | None = None) -> Scores:
+        """Run the model on a tree of which nothing but the likeliest tokens is read."""
+        return self._forward(tree, taps=taps, choice=True)
+
     def _run(self, tree: TokenTree, *, taps: Taps | None = None, last_only: bool = False) -> Scores:
+        return self._forward(tree, taps=taps, logits=not last_only)
+
+    def _forward(
+        self,
+        tree: TokenTree,
+        *,
+        taps: Taps | None = None,
+        logits: bool = True,
+        choice: bool = False,
+    ) -> Scores:
         cache, kernel = self.cache, self.target.kernel
         if taps is not None and taps.cross_attention:
             raise UnsupportedModelError(
@@ -302,7 +316,7 @@ class FastSession(SlotSession):
             )
         cache.reserve(tree.nodes)
         layers = () if taps is None else (*taps.layers, *([kernel.program.layers + 1] * taps.final))
-        logits, states = kernel.forward(
+        found, states = kernel.forward(
             tree.tokens,
             self._positions(tree),
             Stored(
@@ -315,14 +329,18 @@ class FastSession(SlotSession):
             source=self.source,
             ancestors=None if tree.is_chain else tree.topology.ancestors,
             tapped=layers,
-            logits=not last_only,
+            logits=logits,
+            choice=choice,
         )
         features = None
         if states is not None and taps is not None:
             by_layer = dict(zip(taps.layers, states, strict=False))
             features = Features(states[-1] if taps.final else None, by_layer)
-        # a prompt's logits are never read
-        return Scores(torch.empty(0) if logits is None else logits, features)
+        if found is None:  # a prompt's logits are never read
+            return Scores(torch.empty(0), features)
+        if found.ndim == 2:
+            return Scores(torch.empty(0), features, found)
+        return Scores(found, features)
 
     def _live(self) -> torch.Tensor | None:
         """Slots of the committed tokens of each row, in order; None when they are 0, 1, 2 ..."""

@@ -152,26 +152,29 @@ static inline float read_as(const void *p, int64_t i, int dtype) {
 
 EXPONENTIAL(expv, vf, vi)
 
-static inline vf activate(vf x, int kind) {
-  if (kind == SILU) return x / (1.0f + expv(-x));
-  if (kind == GELU_TANH) {
-    vf y = 0.7978845608f * (x + 0.044715f * x * x * x);
-    return x / (1.0f + expv(-2.0f * y));  /* (1 + tanh y) / 2 = 1 / (1 + e^-2y) */
+#define ACTIVATION(NAME, F, I, EXP)                                                              \
+  static inline F NAME(F x, int kind) {                                                          \
+    if (kind == SILU) return x / (1.0f + EXP(-x));                                               \
+    if (kind == GELU_TANH) {                                                                     \
+      F y = 0.7978845608f * (x + 0.044715f * x * x * x);                                         \
+      return x / (1.0f + EXP(-2.0f * y)); /* (1 + tanh y) / 2 = 1 / (1 + e^-2y) */               \
+    }                                                                                            \
+    if (kind == GELU) {                                                                          \
+      const I sign = (I){0} + INT32_MIN; /* erf by Abramowitz and Stegun 7.1.26: 1.5e-7 off at most */ \
+      F z = (F)((I)x & ~sign) * 0.70710678f, t = 1.0f / (1.0f + 0.3275911f * z);                 \
+      F p = (F){0} + 1.061405429f;                                                               \
+      p = p * t - 1.453152027f;                                                                  \
+      p = p * t + 1.421413741f;                                                                  \
+      p = p * t - 0.284496736f;                                                                  \
+      p = p * t + 0.254829592f;                                                                  \
+      F erf = 1.0f - p * t * EXP(-z * z);                                                        \
+      return 0.5f * x * (1.0f + (F)((I)erf | ((I)x & sign)));                                    \
+    }                                                                                            \
+    if (kind == RELU) return (F)((I)x & (I)(x > 0.0f));                                          \
+    return x;                                                                                    \
   }
-  if (kind == GELU) {
-    const vi sign = (vi){0} + INT32_MIN;  /* erf by Abramowitz and Stegun 7.1.26: 1.5e-7 off at most */
-    vf z = (vf)((vi)x & ~sign) * 0.70710678f, t = 1.0f / (1.0f + 0.3275911f * z);
-    vf p = splat(1.061405429f);
-    p = p * t - 1.453152027f;
-    p = p * t + 1.421413741f;
-    p = p * t - 0.284496736f;
-    p = p * t + 0.254829592f;
-    vf erf = 1.0f - p * t * expv(-z * z);
-    return 0.5f * x * (1.0f + (vf)((vi)erf | ((vi)x & sign)));
-  }
-  if (kind == RELU) return (vf)((vi)x & (vi)(x > 0.0f));
-  return x;
-}
+
+ACTIVATION(activate, vf, vi, expv)
 
 /* ---- products -------------------------------------------------------------------------------
  *
@@ -425,6 +428,7 @@ static inline void put(float *y, int64_t ys, int64_t R, int64_t nodes, __m512 fo
   }
 
 EXPONENTIAL(expv_wide, wf, wi)
+ACTIVATION(activate_wide, wf, wi, expv_wide)
 
 WIDE_PRODUCT(product_f32, wide_f32, 1)
 WIDE_PRODUCT(product_bf16, wide_bf16, 2)
@@ -446,6 +450,7 @@ typedef wf pf;
 #define PANEL_LOAD load_wide
 #define PANEL_STORE store_wide
 #define PANEL_FMA fma_wide
+#define PANEL_ACTIVATE activate_wide
 static inline pf panel_splat(float x) { return (wf)_mm512_set1_ps(x); }
 static inline pf panel_bf16(const uint16_t *w) {
   return (wf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)w)), 16);
@@ -459,6 +464,7 @@ typedef vf pf;
 #define PANEL_LOAD load
 #define PANEL_STORE store
 #define PANEL_FMA fma_
+#define PANEL_ACTIVATE activate
 static inline pf panel_splat(float x) { return splat(x); }
 static inline pf panel_bf16(const uint16_t *w) {
   vf v; for (int i = 0; i < LANES; i++) v[i] = from_bf16(w[i]); return v;
@@ -719,14 +725,17 @@ static inline void complete_as(const Op *op, int64_t N, int64_t rows, const floa
   for (int64_t n = 0; n < N; n++, out += PANEL, more += PANEL, y += op->stride) {
     float rest[PANEL], *to = rows == PANEL ? y : rest;
     if (to != y && add) memcpy(rest, y, rows * sizeof(float));
-    for (int r = 0; r < PANEL; r += LANES) {
-      vf v = load(out + r);
-      if (op->scale) v *= load(scales + r);
+    for (int r = 0; r < PANEL; r += (int)(sizeof(pf) / sizeof(float))) {
+      pf v = PANEL_LOAD(out + r);
+      if (op->scale) v *= PANEL_LOAD(scales + r);
       if (op->factor) v *= op->factor;
-      if (op->bias) v += load(bias + r);
-      if (gated) v *= activate(op->scale ? load(more + r) * load(scales + PANEL + r) : load(more + r), kind);
-      else if (kind) v = activate(v, kind);
-      store(to + r, add ? load(to + r) + v : v);
+      if (op->bias) v += PANEL_LOAD(bias + r);
+      if (gated) {
+        pf gate = PANEL_LOAD(more + r);
+        if (op->scale) gate *= PANEL_LOAD(scales + PANEL + r);
+        v *= PANEL_ACTIVATE(gate, kind);
+      } else if (kind) v = PANEL_ACTIVATE(v, kind);
+      PANEL_STORE(to + r, add ? PANEL_LOAD(to + r) + v : v);
     }
     if (to != y) memcpy(y, rest, rows * sizeof(float));
   }
@@ -1101,6 +1110,221 @@ void isthmus_forward(const Op *ops, int64_t count, const Call *call) {
 #endif
 }
 
+/* ---- the likeliest output -------------------------------------------------------------------
+ *
+ * Which output of a product is the largest takes few of its sums. Products of int8 say what each
+ * is to within a bound that holds for certain, and only outputs whose upper bound reaches the
+ * largest lower one are summed in float32, value after value as panels are, so that the answer is
+ * the first of the largest of all sums.
+ *
+ * Of an output, w = s q + e, and of a node, x = t u + g, with q and u whole numbers. By the
+ * inequality of Cauchy and Schwarz, w x is s t (q u) give or take |e| |t u| + |w| |g|. What float32
+ * rounds, in the sum and here, is in the norms that the caller and code() hand on.
+ */
+enum { WIDTH = 16 };
+
+typedef struct {
+  const int8_t *weights;              /* q [O / PANEL, K / 4, PANEL, 4] */
+  const int32_t *starts;              /* [O]: codes are u + 128, this takes 128 times the sum of q off */
+  const float *steps, *errors, *norms, *slack, *bias;  /* [O] s, |e|, |w|, what is left, bias */
+  uint8_t *codes;                     /* [N, K] */
+  float *nodes;                       /* [3, N] t, |t u|, |g| */
+  float *lows;                        /* [threads, N, WIDTH] the largest lower bounds */
+  float *upper, *peaks;               /* [N, O]; [N, O / PANEL, WIDTH], the largest of each panel */
+} Screen;
+
+#if defined(WIDE) && defined(__AVX512VNNI__)
+/* u of one node; where a sum might leave the range of float32, t is no number and all bounds are off. */
+static void code(const float *x, int64_t K, uint8_t *codes, float *nodes, int64_t N) {
+  __m256 most = _mm256_setzero_ps(), limit = _mm256_set1_ps(127.0f);
+  for (int64_t k = 0; k < K; k += LANES)
+    most = _mm256_max_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), _mm256_loadu_ps(x + k)), most);
+  float top = _mm512_reduce_max_ps(_mm512_insertf32x8(_mm512_setzero_ps(), most, 0));
+  float t = top > 1e-30f ? top / 127.0f : 0.0f, inverse = t > 0.0f ? 1.0f / t : 0.0f;
+  __m512d whole = _mm512_setzero_pd(), rest = whole;
+  for (int64_t k = 0; k < K; k += LANES) {
+    __m256 v = _mm256_loadu_ps(x + k);
+    __m256 u = _mm256_round_ps(_mm256_mul_ps(v, _mm256_set1_ps(inverse)), _MM_FROUND_TO_NEAREST_INT);
+    u = _mm256_max_ps(_mm256_min_ps(u, limit), _mm256_sub_ps(_mm256_setzero_ps(), limit));
+    __m256i shifted = _mm256_add_epi32(_mm256_cvtps_epi32(u), _mm256_set1_epi32(128));
+    _mm_storel_epi64((__m128i *)(codes + k), _mm256_cvtepi32_epi8(shifted));
+    __m512d y = _mm512_mul_pd(_mm512_set1_pd(t), _mm512_cvtps_pd(u));
+    __m512d g = _mm512_sub_pd(_mm512_cvtps_pd(v), y);
+    whole = _mm512_fmadd_pd(y, y, whole);
+    rest = _mm512_fmadd_pd(g, g, rest);
+  }
+  double size = sqrt(_mm512_reduce_add_pd(whole)) * 1.000001;
+  double off = sqrt(_mm512_reduce_add_pd(rest)) * 1.000001;
+  off += (K + 16) * 0x1.04p-24 * (size + off);
+  nodes[0] = size + off < 1e18 ? t : NAN;
+  nodes[N] = size;
+  nodes[2 * N] = off;
+}
+
+/* As an intrinsic, compilers copy the sums around. */
+static inline void add_products(__m512i *sums, __m512i codes, __m512i weights) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(*sums) : "v"(codes), "v"(weights));
+}
+
+#define SCREEN_BLOCK(R)                                                                          \
+  static void screen_##R(const Screen *s, int64_t p, int64_t n, int64_t N, int64_t K,            \
+                         int64_t width, float *low) {                                            \
+    __m512i a[R][4];                                                                             \
+    const int8_t *w = s->weights + p * PANEL * K;                                                \
+    const uint8_t *x = s->codes + n * K;                                                         \
+    UNROLL for (int v = 0; v < 4; v++)                                                           \
+      UNROLL for (int r = 0; r < R; r++)                                                         \
+        a[r][v] = _mm512_loadu_si512(s->starts + p * PANEL + v * WIDTH);                         \
+    for (int64_t k = 0; k < K; k += 4, w += 4 * PANEL) {                                         \
+      __m512i part[4];                                                                           \
+      UNROLL for (int v = 0; v < 4; v++) part[v] = _mm512_loadu_si512(w + v * 64);               \
+      UNROLL for (int r = 0; r < R; r++) {                                                       \
+        int32_t four;                                                                            \
+        memcpy(&four, x + r * K + k, 4);                                                         \
+        __m512i value = _mm512_set1_epi32(four);                                                 \
+        UNROLL for (int v = 0; v < 4; v++) add_products(&a[r][v], value, part[v]);         \
+      }                                                                                          \
+    }                                                                                            \
+    UNROLL for (int r = 0; r < R; r++) {                                                         \
+      float *up = s->upper + (n + r) * width + p * PANEL;                                        \
+      __m512 best = _mm512_loadu_ps(low + (n + r) * WIDTH), peak = _mm512_set1_ps(-INFINITY);    \
+      UNROLL for (int v = 0; v < 4; v++) {                                                       \
+        int64_t o = p * PANEL + v * WIDTH;                                                       \
+        wf about = (wf)_mm512_cvtepi32_ps(a[r][v]) * (load_wide(s->steps + o) * s->nodes[n + r]) \
+                   + load_wide(s->bias + o);                                                     \
+        wf off = load_wide(s->errors + o) * s->nodes[N + n + r]                                  \
+                 + load_wide(s->norms + o) * s->nodes[2 * N + n + r] + load_wide(s->slack + o);  \
+        store_wide(up + v * WIDTH, about + off);                                                 \
+        peak = _mm512_max_ps(peak, (__m512)(about + off));                                       \
+        best = _mm512_max_ps((__m512)(about - off), best); /* the latter where the former is none */ \
+      }                                                                                          \
+      _mm512_storeu_ps(low + (n + r) * WIDTH, best);                                             \
+      _mm512_storeu_ps(s->peaks + ((n + r) * width / PANEL + p) * WIDTH, peak);                  \
+    }                                                                                            \
+  }
+
+SCREEN_BLOCK(1) SCREEN_BLOCK(2) SCREEN_BLOCK(3) SCREEN_BLOCK(4) SCREEN_BLOCK(5) SCREEN_BLOCK(6)
+
+static void screen_panel(const Screen *s, int64_t p, int64_t N, int64_t K, int64_t width, float *low) {
+  int64_t tiles = (N + ROUND - 1) / ROUND;
+  for (int64_t n = 0, c, t = 0; n < N; n += c, t++) {
+    c = (N - n + tiles - t - 1) / (tiles - t);
+    switch (c) {
+      case 1: screen_1(s, p, n, N, K, width, low); break;
+      case 2: screen_2(s, p, n, N, K, width, low); break;
+      case 3: screen_3(s, p, n, N, K, width, low); break;
+      case 4: screen_4(s, p, n, N, K, width, low); break;
+      case 5: screen_5(s, p, n, N, K, width, low); break;
+      case 6: screen_6(s, p, n, N, K, width, low); break;
+    }
+  }
+}
+
+/* The largest of some outputs of one node, in rising order, each summed as in a panel. */
+static void contest(const Op *op, const float *x, const int64_t *some, int count, float *top,
+                    int64_t *first) {
+  int64_t K = op->in_width, at[GROUP];
+  float total[GROUP] = {0};
+  for (int j = 0; j < GROUP; j++) at[j] = some[j < count ? j : 0] * K;
+  if (op->dtype == FLOAT32)
+    for (int64_t k = 0; k < K; k++)
+      UNROLL for (int j = 0; j < GROUP; j++)
+        total[j] = fmaf(x[k], ((const float *)op->weight)[at[j] + k], total[j]);
+  else
+    for (int64_t k = 0; k < K; k++)
+      UNROLL for (int j = 0; j < GROUP; j++)
+        total[j] = fmaf(x[k], from_bf16(((const uint16_t *)op->weight)[at[j] + k]), total[j]);
+  for (int j = 0; j < count; j++) {
+    if (op->factor) total[j] *= op->factor;
+    if (op->bias) total[j] += read_as(op->bias, some[j], op->bias_dtype);
+    if (*first >= 0 && total[j] <= *top) continue;
+    *top = total[j];
+    *first = some[j];
+  }
+}
+
+/* Which of some bounds reach the largest lower one; all, where that is none. */
+static inline uint32_t reach(const float *bounds, float low) {
+  return _mm512_cmp_ps_mask(_mm512_loadu_ps(bounds), _mm512_set1_ps(low), _CMP_NLT_UQ);
+}
+
+/* The first of the largest outputs of one node; without op only how many would have to be summed. */
+static int64_t winner(const Op *op, const float *x, const float *upper, const float *peaks,
+                      float low, int64_t width) {
+  int64_t some[GROUP], first = -1, left = 0;
+  int count = 0;
+  float top = 0.0f;
+  for (int64_t p = 0; p < width; p += PANEL) {
+    if (!reach(peaks + p / PANEL * WIDTH, low)) continue;
+    for (int64_t o = p; o < p + PANEL; o += WIDTH) {
+      uint32_t mask = reach(upper + o, low);
+      left += __builtin_popcount(mask);
+      for (; op && mask; mask &= mask - 1) {
+        some[count++] = o + __builtin_ctz(mask);
+        if (count < GROUP) continue;
+        contest(op, x, some, count, &top, &first);
+        count = 0;
+      }
+    }
+  }
+  if (count) contest(op, x, some, count, &top, &first);
+  return op ? first : left;
+}
+
+/* The first of the largest outputs of each node, [N], of a LINEAR that was laid out. Returns 1; or 0
+ * and leaves `chosen` alone where more than `most` sums would be left, or are not finite. */
+int64_t isthmus_choose(const Op *op, const Screen *s, const Call *call, int64_t most,
+                       int64_t *chosen) {
+  int64_t N = call->batch * call->nodes, K = op->in_width, left = 0;
+  int64_t panels = (op->out_width + PANEL - 1) / PANEL, width = panels * PANEL;
+  const float *x = call->buffers[op->source];
+  for (int64_t i = 0; i < call->threads * N * WIDTH; i++) s->lows[i] = -INFINITY;
+#ifdef _OPENMP
+#pragma omp parallel num_threads(call->threads)
+#endif
+  {
+#ifdef _OPENMP
+    float *low = s->lows + omp_get_thread_num() * N * WIDTH;
+#pragma omp for
+#else
+    float *low = s->lows;
+#endif
+    for (int64_t n = 0; n < N; n++) code(x + n * K, K, s->codes + n * K, s->nodes + n, N);
+#ifdef _OPENMP
+#pragma omp for schedule(dynamic)
+#endif
+    for (int64_t p = 0; p < panels; p++) screen_panel(s, p, N, K, width, low);
+#ifdef _OPENMP
+#pragma omp for reduction(+ : left)
+#endif
+    for (int64_t n = 0; n < N; n++) {
+      __m512 best = _mm512_loadu_ps(s->lows + n * WIDTH);
+      for (int64_t t = 1; t < call->threads; t++)
+        best = _mm512_max_ps(best, _mm512_loadu_ps(s->lows + (t * N + n) * WIDTH));
+      float top = s->lows[n * WIDTH] = _mm512_reduce_max_ps(best);
+      left += winner(0, 0, s->upper + n * width, s->peaks + n * panels * WIDTH, top, width);
+    }
+    if (left <= most) {
+#ifdef _OPENMP
+#pragma omp for
+#endif
+      for (int64_t n = 0; n < N; n++)
+        chosen[n] = winner(op, x + n * K, s->upper + n * width, s->peaks + n * panels * WIDTH,
+                           s->lows[n * WIDTH], width);
+    }
+  }
+  return left <= most;
+}
+int64_t isthmus_screens(void) { return 1; }
+#else
+int64_t isthmus_choose(const Op *op, const Screen *s, const Call *call, int64_t most,
+                       int64_t *chosen) {
+  (void)op, (void)s, (void)call, (void)most, (void)chosen;
+  return 0;
+}
+int64_t isthmus_screens(void) { return 0; }  /* no products of int8 here */
+#endif
+
 /* Floats that a thread needs for up to N nodes over all rows that see `slots` keys. */
 int64_t isthmus_scratch(int64_t N, int64_t slots, int64_t widest, int64_t head_dim) {
   int64_t product = 2 * TILE * CHUNK + (N < TILE ? N + 1 : TILE) * widest;
@@ -1110,8 +1334,9 @@ int64_t isthmus_scratch(int64_t N, int64_t slots, int64_t widest, int64_t head_d
   return product > attention ? product : attention;
 }
 
-/* What the caller has to agree on: lanes of a vector, width of a panel, sizes of the two structures. */
+/* What the caller has to agree on: lanes of a vector, width of a panel, sizes of the structures. */
 int64_t isthmus_lanes(void) { return LANES; }
 int64_t isthmus_panel(void) { return PANEL; }
 int64_t isthmus_op_size(void) { return sizeof(Op); }
 int64_t isthmus_call_size(void) { return sizeof(Call); }
+int64_t isthmus_screen_size(void) { return sizeof(Screen); }

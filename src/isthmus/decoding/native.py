@@ -29,6 +29,12 @@ FLOAT = torch.float32
 """Always named: the default dtype belongs to the whole process, and a model that is being loaded in
 another thread changes it for that time."""
 
+TRUST = 16
+"""Screenings that may leave too much to sum before no more are tried."""
+
+SHARE = 128
+"""A screening leaves too much when it leaves more than one in so many sums."""
+
 PARTS = (1, 2, 4)
 """Weights in 32 bits, by dtype."""
 
@@ -59,6 +65,17 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("taps", "tapped", "scratch")),
         ("scratch_size", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("pieces", "dealt")),
+    )
+
+
+BOUNDS = ("weights", "starts", "steps", "errors", "norms", "slack", "bias")
+
+
+class Bounds(ctypes.Structure):
+    """A program's screen and room to work with it, in the layout of ``native.c``."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_void_p) for name in (*BOUNDS, "codes", "nodes", "lows", "upper", "peaks")
     )
 
 
@@ -105,13 +122,16 @@ def library() -> Any:
                 _output(command)  # one thread, where the compiler has no OpenMP
             part.replace(path)
     found = ctypes.CDLL(str(path))
-    sizes = found.isthmus_op_size(), found.isthmus_call_size(), found.isthmus_panel()
-    if sizes != (ctypes.sizeof(Op), ctypes.sizeof(Call), PANEL):
+    made = (Op, Call, Bounds)
+    sizes = [getattr(found, f"isthmus_{name}_size")() for name in ("op", "call", "screen")]
+    if sizes != [ctypes.sizeof(each) for each in made] or found.isthmus_panel() != PANEL:
         raise UnsupportedModelError("the compiled kernel has another layout than its caller")
     found.isthmus_forward.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
     found.isthmus_forward.restype = None
     found.isthmus_scratch.argtypes = [ctypes.c_int64] * 4
     found.isthmus_scratch.restype = ctypes.c_int64
+    found.isthmus_choose.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64, ctypes.c_void_p]
+    found.isthmus_choose.restype = ctypes.c_int64
     return found
 
 
@@ -165,6 +185,9 @@ class Kernel:
         self.cosines = self.sines = self.spreads = torch.empty(0, dtype=FLOAT)
         self.buckets = torch.empty(0, dtype=torch.int32)
         self.reach = 0
+        self.bounds = Bounds()
+        self.room: dict[str, torch.Tensor] = {}
+        self.trust = TRUST if self.library.isthmus_screens() and program.screen else 0
 
     def reserve(self, rows: int, slots: int) -> None:
         """Make room for ``rows`` nodes over all rows of a batch, each seeing ``slots`` keys."""
@@ -247,6 +270,40 @@ class Kernel:
         start = ctypes.addressof(self.ops) + first * ctypes.sizeof(Op)
         self.library.isthmus_forward(start, last - first, ctypes.addressof(self.call))
 
+    def _choose(self, rows: int) -> torch.Tensor | None:
+        """First of the largest logits of each node, int64 [rows], of states that are at hand.
+
+        None where bounds leave too much to sum.
+        """
+        screen, bounds, head = self.program.screen, self.bounds, self.ops[-1]
+        assert screen is not None
+        panels, width = screen.weights.shape[0] * PANEL, head.in_width
+        sizes = {
+            "codes": rows * width,
+            "nodes": 3 * rows,
+            "lows": self.call.threads * rows * 16,
+            "upper": rows * panels,
+            "peaks": rows * panels * 16 // PANEL,
+        }
+        for name, size in sizes.items():
+            if name not in self.room or len(self.room[name]) < size:
+                kind = torch.uint8 if name == "codes" else FLOAT
+                self.room[name] = torch.empty(size, dtype=kind)
+                setattr(bounds, name, self.room[name].data_ptr())
+        if not bounds.weights:
+            for name in BOUNDS:
+                setattr(bounds, name, getattr(screen, name).data_ptr())
+        chosen = torch.empty(rows, dtype=torch.int64)
+        found = self.library.isthmus_choose(
+            ctypes.addressof(self.ops) + (len(self.ops) - 1) * ctypes.sizeof(Op),
+            ctypes.addressof(bounds),
+            ctypes.addressof(self.call),
+            rows * max(16, head.out_width // SHARE),
+            chosen.data_ptr(),
+        )
+        self.trust = min(TRUST, self.trust + 1) if found else self.trust - 2
+        return chosen if found else None
+
     def forward(
         self,
         tokens: torch.Tensor,
@@ -257,6 +314,7 @@ class Kernel:
         ancestors: torch.Tensor | None = None,
         tapped: tuple[int, ...] = (),
         logits: bool = True,
+        choice: bool = False,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Run the program on N nodes of B rows and write their keys and values.
 
@@ -269,10 +327,12 @@ class Kernel:
             ancestors: Nodes that each node sees, bool [1 or B, N, N]; None is a chain.
             tapped: States to return: layers 0 to L, and L + 1 for the state after the last norm.
             logits: Whether to compute logits.
+            choice: Whether the first of the largest logits will do instead of them.
 
         Returns:
-            Logits [B, N, V] float32 and tapped states [taps, B, N, D] float32, None where not
-            wanted.
+            Logits [B, N, V] float32, or with ``choice`` the place of the largest [B, N] int64 where
+            it could be found without them, and tapped states [taps, B, N, D] float32; None where
+            not wanted.
         """
         batch, nodes = tokens.shape
         with self.lock:
@@ -297,6 +357,15 @@ class Kernel:
                 places[list(tapped)] = torch.arange(len(tapped), dtype=torch.int32)
                 states = torch.empty(len(tapped), batch, nodes, program.hidden_size, dtype=FLOAT)
                 call.taps, call.tapped = states.data_ptr(), places.data_ptr()
+            if choice and self.trust > 0:
+                self._run(0, len(self.ops) - 1)
+                chosen = self._choose(batch * nodes)
+                if chosen is not None:
+                    return chosen.view(batch, nodes), states
+                out = torch.empty(batch, nodes, program.vocab_size, dtype=FLOAT)
+                call.buffers[LOGITS] = out.data_ptr()
+                self._run(len(self.ops) - 1, len(self.ops))
+                return out, states
             if logits:
                 out = torch.empty(batch, nodes, program.vocab_size, dtype=FLOAT)
                 call.buffers[LOGITS] = out.data_ptr()

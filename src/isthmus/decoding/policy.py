@@ -41,6 +41,11 @@ class Fixed:
     def __init__(self, drafter: Drafter | None = None, shape: Shape = PLAIN) -> None:
         self.drafter, self.shape = drafter, shape
 
+    @property
+    def reads_logits(self) -> bool:
+        """Whether logits are looked at in :meth:`observe`."""
+        return self.drafter is not None
+
     def begin(self, context: Context, target: Target, **inputs: Any) -> None:
         """See :class:`isthmus.roles.Policy`."""
         if self.drafter is not None:

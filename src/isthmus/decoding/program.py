@@ -72,6 +72,30 @@ class Op(ctypes.Structure):
     )
 
 
+@dataclass(frozen=True)
+class Screen:
+    """Bounds of products with a weight matrix [O, K], O filled up to whole panels.
+
+    Attributes:
+        weights: Weights rounded to int8, [O / PANEL, K / 4, PANEL, 4].
+        starts: -128 times the sum of each row of them, int32 [O].
+        steps: What 1 of them stands for, float32 [O].
+        errors: Norm of what rounding took from each row, float32 [O]; like the other two bounds
+            with what float32 arithmetic may round.
+        norms: Norm of each row, float32 [O].
+        slack: What else a product may be off by, float32 [O].
+        bias: Added to products, float32 [O]; -inf where there is no output.
+    """
+
+    weights: torch.Tensor
+    starts: torch.Tensor
+    steps: torch.Tensor
+    errors: torch.Tensor
+    norms: torch.Tensor
+    slack: torch.Tensor
+    bias: torch.Tensor
+
+
 @dataclass
 class Program:
     """The operations of a stack of layers and what they need to know.
@@ -83,6 +107,7 @@ class Program:
         versions: How often each of those had been changed in place when the weights were laid out
             (:meth:`lay_out`); empty before.
         laid: Weights laid out.
+        screen: Bounds of the logits, of weights that were laid out.
         layers: Layers L.
         hidden_size: Width D of the residual stream.
         heads: Query heads.
@@ -110,6 +135,7 @@ class Program:
     sources: list[torch.Tensor] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
     laid: list[torch.Tensor] = field(default_factory=list)
+    screen: Screen | None = None
 
     @property
     def stale(self) -> bool:
@@ -224,6 +250,10 @@ class Program:
                 for name, place, _ in WEIGHTS:
                     if getattr(op, name):
                         self._lay(op, place, by_address[getattr(op, name)])
+        if self.vocab_size:
+            head = self.ops[-1]
+            bias = by_address[head.bias] if head.bias else None
+            self.screen = screened(by_address[head.weight], bias, head.factor or 1.0)
 
     def _lay(self, op: Op, place: str, weight: torch.Tensor) -> None:
         self.laid.append(panels(weight))
@@ -232,7 +262,7 @@ class Program:
     def to_int8(self) -> None:
         """Give every product int8 weights, rounded to nearest with one scale a row."""
         by_address = {t.data_ptr(): t for t in self.tensors}
-        laid, self.laid = bool(self.laid), []
+        laid, self.laid, self.screen = bool(self.laid), [], None
         for op in self.ops:
             if op.kind != Kind.LINEAR:
                 continue
@@ -268,6 +298,45 @@ def panels(weight: torch.Tensor) -> torch.Tensor:
     count = -(-weight.shape[0] // PANEL)
     full = F.pad(weight.detach(), (0, 0, 0, count * PANEL - weight.shape[0]))
     return full.view(count, PANEL, -1).transpose(1, 2).contiguous()
+
+
+UNIT = 2.0**-24
+"""Largest relative error of one rounding to float32."""
+
+
+def screened(weight: torch.Tensor, bias: torch.Tensor | None, factor: float) -> Screen | None:
+    """Bounds of ``factor * weight @ x + bias``; None where they might leave the range of float32.
+
+    Args:
+        weight: [O, K], K a multiple of 4.
+        bias: Of O values, or None.
+        factor: Of the products.
+    """
+    (rows, width), size = weight.shape, -(-weight.shape[0] // PANEL) * PANEL
+    values = torch.zeros(size, width, dtype=torch.int8)
+    steps, errors, norms = torch.zeros(3, size, dtype=torch.float64)
+    for first in range(0, rows, 4096):  # doubles of all rows at once would be large
+        some = slice(first, min(first + 4096, rows))
+        exact = weight.detach()[some].double() * factor
+        step = (exact.abs().amax(1) / 127).clamp(min=1e-30).float().double()
+        whole = (exact / step[:, None]).round().clamp(-127, 127)
+        values[some], steps[some], norms[some] = whole.to(torch.int8), step, exact.norm(dim=1)
+        errors[some] = (exact - whole * step[:, None]).norm(dim=1)
+    added = torch.zeros(rows) if bias is None else bias.detach().flatten().float()
+    if not bool((norms < 1e18).all()) or not bool((added.abs() < 1e18).all()):
+        return None
+    added = F.pad(added, (0, size - rows), value=-torch.inf)
+    slack = torch.where(added.isfinite(), 8 * UNIT * added.abs(), 0.0).double() + width * 2.0**-110
+    upward = 1 + 2.0**-18
+    return Screen(
+        values.view(-1, PANEL, width // 4, 4).transpose(1, 2).contiguous(),
+        -128 * values.sum(1, dtype=torch.int32),
+        steps.float(),
+        ((errors + 8 * UNIT * (norms + errors)) * upward).float(),
+        (norms * upward).float(),
+        (slack * upward).float(),
+        added,
+    )
 
 
 def rounded(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

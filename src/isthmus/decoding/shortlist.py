@@ -309,6 +309,10 @@ class ShortlistSession(FastSession):
     allowed: torch.Tensor | None = None
     _kernel: Kernel | None = None
 
+    def choose(self, tree: TokenTree, *, taps: Taps | None = None) -> Scores:
+        """Logits: those of a shortlist are few."""
+        return self._run(tree, taps=taps)
+
     def _run(self, tree: TokenTree, *, taps: Taps | None = None, last_only: bool = False) -> Scores:
         if self.allowed is None or last_only:
             return super()._run(tree, taps=taps, last_only=last_only)
