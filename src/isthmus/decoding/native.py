@@ -187,7 +187,7 @@ class Kernel:
         self.reach = 0
         self.bounds = Bounds()
         self.room: dict[str, torch.Tensor] = {}
-        self.trust = TRUST if self.library.isthmus_screens() and program.screen else 0
+        self.trust = TRUST if self.library.isthmus_screens() else 0
 
     def reserve(self, rows: int, slots: int) -> None:
         """Make room for ``rows`` nodes over all rows of a batch, each seeing ``slots`` keys."""
@@ -273,10 +273,12 @@ class Kernel:
     def _choose(self, rows: int) -> torch.Tensor | None:
         """First of the largest logits of each node, int64 [rows], of states that are at hand.
 
-        None where bounds leave too much to sum.
+        None where bounds leave too much to sum, or there are none.
         """
         screen, bounds, head = self.program.screen, self.bounds, self.ops[-1]
-        assert screen is not None
+        if screen is None:
+            self.trust = 0
+            return None
         panels, width = screen.weights.shape[0] * PANEL, head.in_width
         sizes = {
             "codes": rows * width,
@@ -357,17 +359,15 @@ class Kernel:
                 places[list(tapped)] = torch.arange(len(tapped), dtype=torch.int32)
                 states = torch.empty(len(tapped), batch, nodes, program.hidden_size, dtype=FLOAT)
                 call.taps, call.tapped = states.data_ptr(), places.data_ptr()
+            done = 0
             if choice and self.trust > 0:
-                self._run(0, len(self.ops) - 1)
+                done = len(self.ops) - 1
+                self._run(0, done)
                 chosen = self._choose(batch * nodes)
                 if chosen is not None:
                     return chosen.view(batch, nodes), states
-                out = torch.empty(batch, nodes, program.vocab_size, dtype=FLOAT)
-                call.buffers[LOGITS] = out.data_ptr()
-                self._run(len(self.ops) - 1, len(self.ops))
-                return out, states
             if logits:
                 out = torch.empty(batch, nodes, program.vocab_size, dtype=FLOAT)
                 call.buffers[LOGITS] = out.data_ptr()
-            self._run(0, len(self.ops) - (not logits and program.vocab_size > 0))
+            self._run(done, len(self.ops) - (not logits and program.vocab_size > 0))
         return out, states

@@ -13,6 +13,7 @@ and holds a copy of them only where they are laid out (:meth:`Program.lay_out`).
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -107,7 +108,6 @@ class Program:
         versions: How often each of those had been changed in place when the weights were laid out
             (:meth:`lay_out`); empty before.
         laid: Weights laid out.
-        screen: Bounds of the logits, of weights that were laid out.
         layers: Layers L.
         hidden_size: Width D of the residual stream.
         heads: Query heads.
@@ -135,7 +135,6 @@ class Program:
     sources: list[torch.Tensor] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
     laid: list[torch.Tensor] = field(default_factory=list)
-    screen: Screen | None = None
 
     @property
     def stale(self) -> bool:
@@ -250,10 +249,16 @@ class Program:
                 for name, place, _ in WEIGHTS:
                     if getattr(op, name):
                         self._lay(op, place, by_address[getattr(op, name)])
-        if self.vocab_size:
-            head = self.ops[-1]
-            bias = by_address[head.bias] if head.bias else None
-            self.screen = screened(by_address[head.weight], bias, head.factor or 1.0)
+
+    @functools.cached_property
+    def screen(self) -> Screen | None:
+        """Bounds of the logits, of floats that were laid out; made when they are first needed."""
+        head = self.ops[-1]
+        if not self.vocab_size or not self.laid or head.dtype == DTYPES[torch.int8]:
+            return None
+        by_address = {t.data_ptr(): t for t in self.tensors}
+        bias = by_address[head.bias] if head.bias else None
+        return screened(by_address[head.weight], bias, head.factor or 1.0)
 
     def _lay(self, op: Op, place: str, weight: torch.Tensor) -> None:
         self.laid.append(panels(weight))
@@ -262,7 +267,7 @@ class Program:
     def to_int8(self) -> None:
         """Give every product int8 weights, rounded to nearest with one scale a row."""
         by_address = {t.data_ptr(): t for t in self.tensors}
-        laid, self.laid, self.screen = bool(self.laid), [], None
+        laid, self.laid = bool(self.laid), []
         for op in self.ops:
             if op.kind != Kind.LINEAR:
                 continue
@@ -322,7 +327,9 @@ def screened(weight: torch.Tensor, bias: torch.Tensor | None, factor: float) -> 
         whole = (exact / step[:, None]).round().clamp(-127, 127)
         values[some], steps[some], norms[some] = whole.to(torch.int8), step, exact.norm(dim=1)
         errors[some] = (exact - whole * step[:, None]).norm(dim=1)
-    added = torch.zeros(rows) if bias is None else bias.detach().flatten().float()
+    # always named: a model that is loaded in another thread changes the default dtype
+    none = torch.zeros(rows, dtype=torch.float32)
+    added = none if bias is None else bias.detach().flatten().float()
     if not bool((norms < 1e18).all()) or not bool((added.abs() < 1e18).all()):
         return None
     added = F.pad(added, (0, size - rows), value=-torch.inf)
