@@ -226,7 +226,7 @@ class CodecLearner:
             sound = F.pad(sound, (0, max(0, self.window - len(sound))))
             at = int(start * (len(sound) - self.window + 1))
             cuts.append(sound[at : at + self.window])
-        n_q = s.choices[int(torch.randint(len(s.choices), (), generator=draw))]
+        n_q = self._count(draw)
         n_q, late = (n_q if done >= s.quantized_from else 0), done >= s.judged_from
         learns = float(torch.rand((), generator=draw)) < s.judging
         return (torch.stack(cuts) * gains).clamp(-1, 1), n_q, late, late and learns
@@ -246,9 +246,12 @@ class CodecLearner:
             found = self.codes[row]
             at = int(start * (found.shape[1] - self.frames + 1))
             cuts.append(found[:, at : at + self.frames])
+        return torch.stack(cuts, 1)[: self._count(draw)]
+
+    def _count(self, draw: torch.Generator) -> int:
+        """How many codebooks a batch uses."""
         choices = self.settings.choices
-        n_q = choices[int(torch.randint(len(choices), (), generator=draw))]
-        return torch.stack(cuts, 1)[:n_q]
+        return choices[int(torch.randint(len(choices), (), generator=draw))]
 
     def loss(self, batch: tuple[Any, ...]) -> Loss:
         """Of one batch."""
