@@ -99,6 +99,27 @@ def test_places_are_filled_as_they_become_free_and_no_sooner() -> None:
     assert result.stats.seconds >= sum(result.stats.parts_s.values()) > 0
 
 
+def test_clocks_stop_with_an_answer_and_where_nobody_reads_on() -> None:
+    target = TableTarget(11, seed=3)
+    asked = [Request(torch.tensor([1, 2]), Stopper(max_new_tokens=n)) for n in (3, 40, 10_000)]
+    rounds = decode(
+        target,
+        asked,
+        policy=Fixed(),
+        acceptance=Lossless(),
+        law=Law(),
+        generator=torch.Generator(),
+    )
+    for _ in range(60):
+        next(rounds)
+    rounds.close()
+    short, longer, cut = (request.result.stats for request in asked)
+    assert 0 < short.seconds < longer.seconds < cut.seconds
+    assert 0 < short.parts_s["score"] < longer.parts_s["score"] < cut.parts_s["score"]
+    assert [s.new_tokens for s in (short, longer, cut)] == [3, 40, 60]
+    assert all(sum(s.parts_s.values()) <= s.seconds for s in (short, longer, cut))
+
+
 def test_a_long_prompt_is_read_in_chunks_while_others_go_on() -> None:
     target = TableTarget(11, seed=3, sharpness=2.0, order=2)
     long = torch.arange(3 * PREFILL_TOKENS + 5) % 11

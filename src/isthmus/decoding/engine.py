@@ -25,7 +25,7 @@ Order of one round::
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, cast
@@ -94,7 +94,7 @@ def decode(
     inputs: dict[str, Any] | None = None,
     batch_size: int | None = None,
     trace: bool = False,
-) -> Iterator[list[tuple[int, list[int]]]]:
+) -> Generator[list[tuple[int, list[int]]]]:
     """Decode requests, one round at a time.
 
     Args:
@@ -256,7 +256,8 @@ class _Loop:
         self.admitted = 0  # requests that have left the line
         self.rounds = self.joined = self.left = 0  # so far, and when rows last joined or left
         self.requests: dict[int, Request] = {}
-        self.since: dict[int, float] = {}
+        self.clock: dict[str, float] = {}  # seconds of each part so far
+        self.since: dict[int, tuple[float, dict[str, float]]] = {}  # when each came, and its clock
         self.newcomers: _Newcomers | None = None
         self.context = self.rows([])
         self.taps = wanted(policy) | wanted(acceptance) | law.taps
@@ -265,15 +266,18 @@ class _Loop:
         self.ends = torch.zeros(0, dtype=torch.int64)
 
     def run(self) -> Iterator[list[tuple[int, list[int]]]]:
-        self.admit()
-        while self.newcomers or self.context.batch:
-            if self.newcomers:
-                self.prefill(self.newcomers)
-            if self.context.batch:
-                yield self.round()
-                self.rounds += 1
-                self.drop_finished()
+        try:
             self.admit()
+            while self.newcomers or self.context.batch:
+                if self.newcomers:
+                    self.prefill(self.newcomers)
+                if self.context.batch:
+                    yield self.round()
+                    self.rounds += 1
+                    self.drop_finished()
+                self.admit()
+        finally:  # whoever reads no further has the times so far
+            self.settle([*self.since])
 
     def rows(self, indices: Sequence[int]) -> Context:
         """What is known of the given requests at their start."""
@@ -307,7 +311,7 @@ class _Loop:
             check_prompt(request, self.target.max_length)
             request.result.prompt_tokens = len(request.prompt)
             request.result.lossless = self.acceptance.lossless
-            self.requests[index], self.since[index] = request, start
+            self.requests[index], self.since[index] = request, (start, dict(self.clock))
         inputs: dict[str, Any] = {}
         if self.inputs is None:
             inputs = collate([request.inputs for request in fresh])
@@ -319,12 +323,11 @@ class _Loop:
         context = self.rows(range(first, self.admitted))
         context.session = self.target.session(len(fresh), **inputs)
         self.newcomers = _Newcomers(context, inputs)
-        self.spend([*self.working(), *context.requests], prefill=time.perf_counter() - start)
+        self.spend(prefill=time.perf_counter() - start)
 
     def prefill(self, newcomers: _Newcomers) -> None:
         """Read on in the prompts of the newcomers; whose prompt is read joins the batch."""
         start, context, new = time.perf_counter(), self.context, newcomers.context
-        waiting = [*self.working(), *new.requests]
         if not context.batch:
             newcomers.prefill(None, self.taps)
             self.context, self.newcomers = new, None
@@ -344,25 +347,25 @@ class _Loop:
             context.requests += new.requests
         ends = {t for r in self.context.requests for t in self.requests[r].stopper.end_tokens}
         self.ends = torch.tensor(sorted(ends), dtype=torch.int64)
-        self.spend(waiting, prefill=time.perf_counter() - start)
+        self.spend(prefill=time.perf_counter() - start)
 
-    def spend(self, indices: Sequence[int], **parts: float) -> None:
-        """Add seconds to the clocks of requests that had to wait for them."""
+    def spend(self, **parts: float) -> None:
+        """Add seconds to the clock that all requests wait by."""
+        for name, seconds in parts.items():
+            self.clock[name] = self.clock.get(name, 0.0) + seconds
+
+    def settle(self, indices: Iterable[int]) -> None:
+        """Give requests the times that they took."""
         now = time.perf_counter()
         for index in indices:
-            stats = self.requests[index].result.stats
-            stats.seconds = now - self.since[index]
-            for name, seconds in parts.items():
-                stats.parts_s[name] = stats.parts_s.get(name, 0.0) + seconds
+            stats, (start, before) = self.requests[index].result.stats, self.since.pop(index)
+            stats.seconds = now - start
+            stats.parts_s = {k: s - before.get(k, 0.0) for k, s in self.clock.items()}
 
     def alive(self) -> list[int]:
         """Rows whose requests are not finished yet."""
         requests = enumerate(self.context.requests)
         return [b for b, r in requests if not self.requests[r].result.finish_reason]
-
-    def working(self) -> list[int]:
-        """Requests in the batch that are not finished yet."""
-        return [self.context.requests[b] for b in self.alive()]
 
     def limit(self) -> Shape:
         """What the budget, the context and the target's reach leave room for."""
@@ -382,7 +385,6 @@ class _Loop:
     def round(self) -> list[tuple[int, list[int]]]:
         clock, context, session = time.perf_counter, self.context, self.context.session
         assert session is not None
-        working = self.working()
         t0 = clock()
         limit = self.limit()
         drafter, shape = self.policy.decide(context, limit)
@@ -421,38 +423,34 @@ class _Loop:
         )
         self.policy.observe(step, drafter)
         t5 = clock()
-        self.spend(
-            working, draft=t1 - t0, score=t2 - t1, accept=t3 - t2, commit=t4 - t3, observe=t5 - t4
-        )
+        self.spend(draft=t1 - t0, score=t2 - t1, accept=t3 - t2, commit=t4 - t3, observe=t5 - t4)
+        self.settle(i for i, _ in emitted if self.requests[i].result.finish_reason)
         return emitted
 
     def commit(
         self, tree: TokenTree, path: torch.Tensor, final: torch.Tensor, drafter: Any
     ) -> tuple[list[tuple[int, list[int]]], list[int]]:
         """Cut each row where it ends, roll the cache back to what stands, write the tokens."""
+        if tree.nodes == 1:
+            return self.commit_one(path, final)
         context = self.context
         tokens, steps, finals = tree.tokens.tolist(), path.tolist(), final.tolist()
         drafted, ids = tree.drafted(), context.ids.numpy()  # on the CPU: a view
-        emitted, accepted, keep, cut, plain = [], [], [], False, tree.nodes == 1
+        emitted, accepted, keep, cut = [], [], [], False
         for b, index in enumerate(context.requests):
             request = self.requests[index]
-            walked = steps[b] if plain else [node for node in steps[b] if node >= 0]
+            walked = [node for node in steps[b] if node >= 0]
             depth = len(walked)
             accepted.append(depth - 1)
             if request.result.finish_reason:
                 keep.append(0)
                 cut = True
                 continue
-            new = [finals[b]]
-            if depth > 1:
-                new = [*(tokens[b][node] for node in walked[1:]), *new]
+            new = [*(tokens[b][node] for node in walked[1:]), finals[b]]
             kept = request.stopper.cut(request.result.tokens, new)
             new = new[:kept]
             n = context.lengths[b]
-            if kept == 1:  # a slice costs as much as all else here
-                ids[b, n] = new[0]
-            else:
-                ids[b, n : n + kept] = new
+            ids[b, n : n + kept] = new
             context.lengths[b] = n + kept
             keep.append(kept)  # the root and all but the last of the new tokens
             cut = cut or kept < depth
@@ -469,6 +467,36 @@ class _Loop:
         context.session.keep(path)
         return emitted, accepted
 
+    def commit_one(
+        self, path: torch.Tensor, final: torch.Tensor
+    ) -> tuple[list[tuple[int, list[int]]], list[int]]:
+        """The same where nothing was drafted; small models spend a good part of a round here."""
+        context, finals = self.context, final.tolist()
+        lengths, ids = context.lengths, context.ids.numpy()
+        emitted, ended = [], []
+        for b, index in enumerate(context.requests):
+            request = self.requests[index]
+            result, stopper = request.result, request.stopper
+            if result.finish_reason:
+                ended.append(b)
+                continue
+            new = [finals[b]]
+            stopper.cut(result.tokens, new)  # a token alone always stands
+            ids[b, lengths[b]] = finals[b]
+            lengths[b] += 1
+            result.tokens += new
+            result.finish_reason = stopper.reason
+            result.stats.new_tokens += 1
+            result.stats.target_forwards += 1
+            result.rounds.append(UNDRAFTED)
+            emitted.append((index, new))
+        if ended:
+            path = path.clone()
+            path[ended] = -1
+        assert context.session is not None
+        context.session.keep(path)
+        return emitted, [0] * context.batch
+
     def count(
         self,
         result: Generation,
@@ -484,13 +512,10 @@ class _Loop:
         stats = result.stats
         stats.new_tokens += emitted
         stats.target_forwards += 1
-        if tree.nodes == 1 and emitted == 1:
-            result.rounds.append(UNDRAFTED)
-            return
         stats.drafted += drafted
         stats.accepted += accepted
         detail: dict[str, Any] = {}
-        if trace and tree.nodes > 1:
+        if trace:
             parents = tree.topology.parent.expand(tree.batch, -1)[row]
             alive = tree.alive[row]
             detail["drafted"] = tuple(torch.where(alive, tree.tokens[row], -1)[1:].tolist())
@@ -514,7 +539,7 @@ class _Loop:
         left = {*context.requests} - {context.requests[b] for b in alive}
         self.law.forget(sorted(left))
         for index in left:
-            del self.requests[index], self.since[index]
+            del self.requests[index]
         context.ids = context.ids[alive]
         context.lengths = [context.lengths[b] for b in alive]
         context.prompt_lengths = [context.prompt_lengths[b] for b in alive]

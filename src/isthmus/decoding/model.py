@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -254,8 +255,9 @@ class Model:
             **sampling,
         )
         try:
-            for _ in job.rounds:
-                pass
+            with closing(job.rounds) as rounds:
+                for _ in rounds:
+                    pass
         except KeyboardInterrupt:
             for request in job.requests:
                 request.result.finish_reason = request.result.finish_reason or "interrupted"
@@ -448,15 +450,16 @@ class Model:
         shown = 0
         hold = max((len(s) for s in stopper.stop), default=1) - 1
         try:
-            for emitted in job.rounds:
-                for _, tokens in emitted:
-                    detokenizer.push(tokens, last=bool(result.finish_reason))
-                if result.finish_reason:
-                    break
-                ready = max(shown, len(detokenizer.text) - hold)
-                if ready > shown:
-                    yield detokenizer.text[shown:ready]
-                    shown = ready
+            with closing(job.rounds) as rounds:
+                for emitted in rounds:
+                    for _, tokens in emitted:
+                        detokenizer.push(tokens, last=bool(result.finish_reason))
+                    if result.finish_reason:
+                        break
+                    ready = max(shown, len(detokenizer.text) - hold)
+                    if ready > shown:
+                        yield detokenizer.text[shown:ready]
+                        shown = ready
         finally:
             result.finish_reason = result.finish_reason or "interrupted"
             self._finish(job.requests[0])
@@ -816,7 +819,7 @@ def pop_all(items: list[Any]) -> Iterator[Any]:
 
 
 class _Job:
-    def __init__(self, requests: list[Request], rounds: Iterator[Any]) -> None:
+    def __init__(self, requests: list[Request], rounds: Generator[Any]) -> None:
         self.requests, self.rounds = requests, rounds
 
 

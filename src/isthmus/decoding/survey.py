@@ -115,7 +115,7 @@ def survey(
     )
     for _ in range(new_tokens):
         next(rounds)
-    rounds.close()  # type: ignore[attr-defined]
+    rounds.close()
     drafter.stop_rule = None
     chance = torch.stack([torch.stack(s, -1).cumprod(-1) for s in policy.sure], 1)
     inputs, accepted = torch.stack(policy.inputs, 1), torch.stack(rule.accepted, 1)
