@@ -174,12 +174,12 @@ class Taed(TrainedSystem):
                 40, 96, 4, 4, 9, 4, 16, 2, 384, 96, dropout=0.0, batch_size=16, longest=20, ear=True
             ),
             Plan(
-                400,
+                600,
                 learning_rate=2e-3,
                 warmup_steps=40,
                 betas=(0.9, 0.98),
                 weight_decay=1e-2,
-                validate_every=400,
+                validate_every=600,
             ),
             f"{DATA}-said",
         ),
@@ -278,10 +278,10 @@ def arms(told: Scale, *, short: bool) -> dict[str, tuple[Settings, Plan]]:
     plain = {"cross": False, "inner": s.inner + 2 * width, "decoder_weight": 0.0}
     chosen: dict[str, tuple[dict[str, Any], int]] = {
         "taed": ({}, told.plan.steps),
-        "transducer": (plain, 545),
-        "taed, offline": ({"chunk": 0}, 240),
+        "transducer": (plain, 1000),
+        "taed, offline": ({"chunk": 0}, 170),
         "transducer, offline": (plain | {"chunk": 0}, 256),
-        "decoder, offline": ({"chunk": 0, "transduce": False}, 256),
+        "decoder, offline": ({"chunk": 0, "transduce": False}, 240),
     }
     return {
         name: (
@@ -375,6 +375,8 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
             "all arms start from one cached CTC encoder of the words said, which hears everything "
             "so far, and those of a mode take steps of about equal cost in all; in a pilot of 160 "
             "steps the offline decoder wrote 50 of 60 validated dates rightly",
+            "changed after a first look: longer in chunks (0.64 of the digit errors at 400 steps), "
+            "and ours costs no more than its transducer (189 s to 152 before, offline 123 to 85)",
             f"{len(records)} held-out dates in known voices, none of them validated on; one seed",
         ),
     )
