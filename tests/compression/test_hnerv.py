@@ -21,6 +21,7 @@ from isthmus.systems.compression.hnerv import Hnerv, Settings
 from isthmus.testing import check_codec
 from isthmus.training.field import Learner, between, field, fitted, padded, padded_size, rendered
 from isthmus.workbench.codec_bench import _ours
+from isthmus.workbench.coding import ready
 from isthmus.workbench.drifting import drifting
 
 SMALL = Settings(
@@ -129,6 +130,14 @@ def test_a_file_cannot_ask_for_much_memory():
         list(codec.decode(replace(header, parameters=names), []))
     with torch.device("meta"):
         assert size(field(SMALL, 12, 32, 32)) > 0
+
+
+def test_whoever_waits_is_told_of_every_step():
+    steps = []
+    codec = ready("hnerv", report=steps.append)
+    codec.settings = replace(SMALL, epochs=1)
+    written(codec)
+    assert [now.step for now in steps] == 2 * [*range(1, steps[0].steps + 1)]
 
 
 def test_a_bench_of_films_does_not_wait_for_it():

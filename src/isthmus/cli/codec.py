@@ -246,10 +246,11 @@ def _progress(
         task = bar.add_task(what, total=None)
 
         def heard(done: int, total: int | None) -> None:
-            bar.update(task, completed=done, total=total)
+            bar.update(task, description=what, completed=done, total=total)
 
         def report(now: Any) -> None:
-            bar.update(task, description=f"training once, step {now.step}", completed=now.step)
+            told = f"training, step {now.step} of {now.steps}"
+            bar.update(task, description=told, completed=now.step, total=now.steps)
 
         yield heard, report
 

@@ -7,6 +7,7 @@ Embeddings are learnt through an encoder, which is not part of what is sent
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ from isthmus.models.fields import (
     strides_for,
 )
 from isthmus.roles import Loss
-from isthmus.training.loop import Plan, Trainer
+from isthmus.training.loop import Plan, Progress, Trainer
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,11 @@ def field(s: Fitting, width: int, height: int, across: int) -> nn.Module:
 
 
 def fitted(
-    clip: Tensor, settings: Fitting, total: int, shown: Tensor | None = None
+    clip: Tensor,
+    settings: Fitting,
+    total: int,
+    shown: Tensor | None = None,
+    report: Callable[[Progress], None] | None = None,
 ) -> tuple[Fit, list[tuple[float, float]]]:
     """Fit a network to pictures float [T, 3, H, W], padded: the network, and (steps, -dB)."""
     with torch.random.fork_rng(devices=[]):
@@ -169,7 +174,7 @@ def fitted(
         validate_every=max(1, steps // 30),
         seed=settings.seed,
     )
-    Trainer(learner, plan).run()
+    Trainer(learner, plan).run(report)
     return made.eval(), learner.curve
 
 

@@ -232,14 +232,17 @@ def ready(
     if not issubclass(system, TrainedCodec):
         if model is not None:
             raise InvalidInputError(f"{name} is not trained; leave --model out")
-        made: Codec = system(**choice)
-        return made
+        made: Any = system(**choice)
+        if getattr(system, "fits_each_file", False):
+            made.report = report
+        codec: Codec = made
+        return codec
     if model is None:
         from isthmus.workbench.trained import at_hand  # a door that trains nothing opens sooner
 
         model = at_hand(system, report)
     found: Any = system.from_pretrained(model)
-    codec: Codec = found
+    codec = found
     return codec
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -49,6 +49,7 @@ from isthmus.training.field import (
     padded_size,
     rendered,
 )
+from isthmus.training.loop import Progress
 from isthmus.workbench.curves import reached
 from isthmus.workbench.drifting import drifting
 
@@ -94,6 +95,7 @@ class Hnerv:
 
     Attributes:
         fits_each_file: It trains on what it codes, so that a bench leaves it out.
+        report: Called after every step of that training, or None.
 
     Example:
         >>> still = torch.full((2, 3, 8, 8), 200, dtype=torch.uint8)
@@ -118,6 +120,7 @@ class Hnerv:
 
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings or Settings()
+        self.report: Callable[[Progress], None] | None = None
 
     def parameters(self, info: Mapping[str, Any], rate: float | None = None) -> dict[str, Any]:
         """What a decoder is built from; the rate is in bits a pixel.
@@ -148,7 +151,7 @@ class Hnerv:
 
     def fit(self, clip: Tensor, total: int) -> Fit:
         """A network of so many parameters for padded pictures from 0 to 1."""
-        return fitted(clip, self.settings, total)[0]
+        return fitted(clip, self.settings, total, report=self.report)[0]
 
     def decode(self, header: Header, frames: Iterable[Frame]) -> Iterator[Clip]:
         """The pictures of each segment."""
