@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from isthmus.errors import MissingExtraError
-from isthmus.workbench import digits
+from isthmus.workbench import digit_models, digits
 
 
 def test_without_scikit_learn_the_extra_is_named(monkeypatch):
@@ -32,7 +32,7 @@ def test_pictures(sklearn):
 
 
 def test_lessons_depend_on_the_step_alone(sklearn):
-    course = digits.RasterCourse(digits.RECIPE)
+    course = digit_models.RasterCourse(digit_models.RECIPE)
     source = course.batches(0)
     next(source)
     later = next(source)
@@ -54,19 +54,19 @@ def test_the_judge_knows_digits_and_dislikes_noise(sklearn):
 
 def test_the_model_learns(sklearn, tmp_path, monkeypatch):
     monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path))
-    target = digits.raster_target(replace(digits.RECIPE, steps=12, batch_size=8))
-    assert digits.pixel_loss(target.model) < 2.2  # log 19 = 2.94
+    target = digit_models.raster_target(replace(digit_models.RECIPE, steps=12, batch_size=8))
+    assert digit_models.pixel_loss(target.model) < 2.2  # log 19 = 2.94
 
 
 def test_any_order_learns_too(sklearn, tmp_path, monkeypatch):
     monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path))
-    model = digits.guided(replace(digits.GUIDED, steps=12, batch_size=8))
+    model = digit_models.guided(replace(digit_models.GUIDED, steps=12, batch_size=8))
     grids, wanted = digits.pictures("held-out")
-    course = digits.GuidedCourse(digits.GUIDED)
+    course = digit_models.GuidedCourse(digit_models.GUIDED)
     _, shown, order = next(course.batches(3))
     assert torch.equal(order.sort(1).values[0], torch.arange(64))
     assert 0 < (shown == digits.CLASSES).sum() < 12  # some lessons keep the digit to themselves
-    assert torch.equal(order, next(digits.GuidedCourse(digits.GUIDED).batches(3))[2])
+    assert torch.equal(order, next(digit_models.GuidedCourse(digit_models.GUIDED).batches(3))[2])
     raster = torch.arange(64).expand(len(grids), -1)
     with torch.no_grad():
         loss = course.loss(model, (grids.flatten(1), wanted, raster))

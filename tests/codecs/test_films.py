@@ -262,7 +262,7 @@ def test_one_wrong_frame_is_told_once(capfd: pytest.CaptureFixture[str]) -> None
 
 def test_hostile_streams_inside_whole_files(tmp_path: Path) -> None:
     """Bytes of the embedded stream are changed under checksums that fit."""
-    from isthmus.testing.mutations import parts, samples_of, sealed
+    from isthmus.codecs.frames import parts, samples_of, sealed
 
     data, rng, refused = (CORPUS / "films" / "film-exact.ist").read_bytes(), random.Random(3), 0
     head, frames, width = parts(data)

@@ -9,6 +9,7 @@ import torch
 
 from isthmus.codecs.base import pack, unpack
 from isthmus.codecs.container import RESET, Reader
+from isthmus.codecs.frames import parts, samples_of, sealed
 from isthmus.errors import BrokenFileError, DesyncError, InvalidInputError
 from isthmus.metrics.images import psnr
 from isthmus.roles import Signal
@@ -16,7 +17,6 @@ from isthmus.signals.clips import ClipFile, Moving
 from isthmus.signals.video import save_video
 from isthmus.systems.compression.stem_video import Settings, StemVideo
 from isthmus.testing import check_codec
-from isthmus.testing.mutations import parts, samples_of, sealed
 from isthmus.training.clip_codec import CLIPS, GRID, PICTURES, pasts
 from isthmus.training.data import Data, read
 from isthmus.training.system import train

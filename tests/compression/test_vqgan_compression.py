@@ -10,12 +10,12 @@ from torch import Tensor
 
 from isthmus.codecs.base import pack, unpack
 from isthmus.codecs.container import Reader
+from isthmus.codecs.frames import parts, samples_of, sealed
 from isthmus.errors import BrokenFileError, InvalidInputError
 from isthmus.roles import Signal
 from isthmus.signals.image import PictureFile, write_pixels
 from isthmus.systems.compression.vqgan_compression import Settings, VqganCompression
 from isthmus.testing import check_codec
-from isthmus.testing.mutations import parts, samples_of, sealed
 from isthmus.training.data import Data
 from isthmus.training.system import train
 from isthmus.workbench import picture_trials as trials

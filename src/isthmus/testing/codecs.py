@@ -15,9 +15,10 @@ import torch
 
 from isthmus.codecs.base import lookup, pack, unpack
 from isthmus.codecs.container import DATA, RESET
+from isthmus.codecs.frames import parts, samples_of, sealed
 from isthmus.errors import DesyncError, IsthmusError
 from isthmus.roles import Codec, Signal
-from isthmus.testing.mutations import digest, fuzz, parts, samples_of, sealed
+from isthmus.testing.mutations import digest, fuzz
 from isthmus.training.system import TrainedSystem
 
 _ELSEWHERE = """

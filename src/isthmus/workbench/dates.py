@@ -18,13 +18,15 @@ import random
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 from isthmus.errors import InvalidInputError, UnknownNameError
 from isthmus.workbench.pycode import Split
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 PAD, START, END, UNKNOWN = "<|pad|>", "<|start|>", "<|end|>", "<|unknown|>"
 """Special tokens, ids 0 to 3; START begins the decoder's text, END ends both sides."""
@@ -284,6 +286,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
         >>> len(ids), tokenizer().decode(ids, skip_special_tokens=True)
         (12, '4 März 2021')
     """
+    from transformers import PreTrainedTokenizerFast
+
     written = "".join(
         "".join((*told.months, *told.weekdays, *told.forms)) for told in LANGUAGES.values()
     )

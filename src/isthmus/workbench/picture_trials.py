@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from isthmus.codecs.base import TrainedCodec, pack, unpack
+from isthmus.codecs.frames import parts
 from isthmus.codecs.peers import peers
 from isthmus.errors import InvalidInputError
 from isthmus.metrics.images import psnr
 from isthmus.roles import Signal
-from isthmus.testing.mutations import parts
 
 FLOORS: Mapping[str, float] = {"JPEG": 1, "WEBP": 0, "AVIF": 0}
 """The lowest quality of classical coders that Pillow has."""

@@ -20,17 +20,19 @@ import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from isthmus.errors import InvalidInputError
 from isthmus.workbench.pycode import Split
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 END, IMAGE = "<|end|>", "<|image|>"
 """The token that ends and pads (id 0), and the placeholder of one image feature (id 1)."""
@@ -394,6 +396,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
         >>> len(ids), tokenizer().decode(ids)
         (6, 'there is a red ring .')
     """
+    from transformers import PreTrainedTokenizerFast
+
     vocabulary = {word: i for i, word in enumerate(words())}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=END))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

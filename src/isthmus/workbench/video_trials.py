@@ -10,11 +10,11 @@ from torch import Tensor
 
 from isthmus.codecs import av_bridge
 from isthmus.codecs.base import TrainedCodec, pack, unpack
+from isthmus.codecs.frames import parts, sealed
 from isthmus.codecs.peers import peers
 from isthmus.errors import BrokenFileError, DesyncError
 from isthmus.metrics.images import psnr
 from isthmus.roles import Signal
-from isthmus.testing.mutations import parts, sealed
 from isthmus.training.clip_codec import CLIPS, GRID, ClipCodec, Told
 
 

@@ -27,7 +27,7 @@ from isthmus.decoding.law import Law
 from isthmus.decoding.rows import Rows, paint_rows
 from isthmus.errors import InvalidInputError
 from isthmus.models.guided_decoder import GuidedDecoder
-from isthmus.workbench import digits
+from isthmus.workbench import digit_models, digits
 
 
 @dataclass(frozen=True)
@@ -203,9 +203,9 @@ PLACES = digits.SIDE * digits.SIDE
 def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
     """Handwritten digits, 8 by 8 pixels: what a judge makes of them after few passes."""
     small = scale != "test"
-    lessons = digits.RECIPE.steps if small else 20
-    model = digits.guided(replace(digits.GUIDED, steps=lessons))
-    target = digits.raster_target(replace(digits.RECIPE, steps=lessons))
+    lessons = digit_models.RECIPE.steps if small else 20
+    model = digit_models.guided(replace(digit_models.GUIDED, steps=lessons))
+    target = digit_models.raster_target(replace(digit_models.RECIPE, steps=lessons))
     judged = digits.Judge()
     wanted = torch.arange(1000 if small else 20) % digits.CLASSES
     prompts = digits.prompts(wanted)

@@ -28,7 +28,7 @@ from isthmus.decoding.grid import Painted, PlaceDraws, in_raster_order
 from isthmus.decoding.law import Law
 from isthmus.decoding.rows import Rows, paint_rows
 from isthmus.decoding.target import HubTarget
-from isthmus.workbench import digits
+from isthmus.workbench import digit_models, digits
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ SIZE = (digits.SIDE, digits.SIDE)
 def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
     """Handwritten digits, 8 by 8 pixels: passes, and what a judge makes of them."""
     small = scale != "test"
-    recipe = digits.RECIPE if small else replace(digits.RECIPE, steps=20)
-    target, judged = digits.raster_target(recipe), digits.Judge()
+    recipe = digit_models.RECIPE if small else replace(digit_models.RECIPE, steps=20)
+    target, judged = digit_models.raster_target(recipe), digits.Judge()
     wanted = torch.arange(1000 if small else 20) % digits.CLASSES
     prompts = digits.prompts(wanted)
 
@@ -187,6 +187,6 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
         seeds=(0,),
         notes=(
             f"{len(wanted)} images, draws shared by all rows; the model loses "
-            f"{digits.pixel_loss(target.model):.2f} nats per held-out pixel.",
+            f"{digit_models.pixel_loss(target.model):.2f} nats per held-out pixel.",
         ),
     )
