@@ -149,6 +149,19 @@ def test_the_learner_hears_g_elsewhere_and_codes_begin_when_told() -> None:
     assert set(learner.validate()) == {"mcd_db"}
 
 
+def test_only_the_encoder_hears_warped_spectra() -> None:
+    data = Data([Spoken(Recording(samples=sound(9_000, seed=i)[0]), "") for i in range(3)], [])
+    plan = SingleCodec.scales["test"].plan
+    plain, warped = (made(warp=w).learner(data, plan).batch(1) for w in (0.0, 0.2))
+    assert plain.heard is None and warped.heard is not None
+    assert torch.equal(plain.mel, warped.mel) and torch.equal(plain.other, warped.other)
+    assert warped.heard.shape == plain.mel.shape and not torch.equal(warped.heard, plain.mel)
+    module = made().module.eval()
+    batches = (plain, plain._replace(heard=plain.mel), warped)
+    unheard, same, other = (module(*b._replace(quantized=False))[0] for b in batches)
+    assert unheard == same != other
+
+
 def test_files_of_another_rate_are_brought_to_the_codecs(
     codec: SingleCodec, tmp_path: Path
 ) -> None:

@@ -81,6 +81,7 @@ class MelCodec(nn.Module):
         frames: Tensor,
         quantized: bool = True,
         judged: bool = False,
+        heard: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of spectra, and what to report.
 
@@ -90,9 +91,10 @@ class MelCodec(nn.Module):
             frames: Valid frames of the references [B].
             quantized: Whether codes are used yet; vectors pass as they are before.
             judged: Whether the adversary counts and learns.
+            heard: What the encoder hears instead of the windows, [B, M, F].
         """
         g = self.vector(other, frames)
-        z, told = self.encoder(mel, g), {}
+        z, told = self.encoder(mel if heard is None else heard, g), {}
         if quantized:
             found = self.quantizer(z)
             told = {"commit": found.commit_loss.detach()}
@@ -196,6 +198,8 @@ class MelSettings(Protocol):
     def judged_from(self) -> float: ...  # noqa: D102
     @property
     def bend(self) -> float: ...  # noqa: D102
+    @property
+    def warp(self) -> float: ...  # noqa: D102
 
 
 class Batch(NamedTuple):
@@ -206,6 +210,28 @@ class Batch(NamedTuple):
     frames: Tensor
     quantized: bool
     judged: bool
+    heard: Tensor | None = None
+
+
+def warped(mel: Tensor, by: Tensor) -> Tensor:
+    """Spectra as if others spoke: band m has what was at band ``by m``.
+
+    An encoder that hears them cannot tell by its codes who speaks: only g does. After Jaitly and
+    Hinton, "Vocal Tract Length Perturbation (VTLP) improves speech recognition", 2013.
+
+    Args:
+        mel: [B, M, F].
+        by: Of each, [B].
+
+    Example:
+        >>> warped(torch.tensor([[[0.0], [1.0], [2.0], [3.0]]]), torch.tensor([1.5])).flatten()
+        tensor([0.0000, 1.5000, 3.0000, 3.0000])
+    """
+    last = mel.shape[1] - 1
+    places = (torch.arange(last + 1, device=mel.device) * by[:, None].to(mel)).clamp(max=last)
+    low = places.long()[..., None].expand_as(mel)  # [B, M, F]
+    part = (places - places.floor())[..., None]
+    return mel.gather(1, low) * (1 - part) + mel.gather(1, (low + 1).clamp(max=last)) * part
 
 
 class MelCodecLearner:
@@ -216,8 +242,9 @@ class MelCodecLearner:
         spectrum: Of the sounds.
         settings: ``batch_size``, ``window`` and ``heard`` (frames of windows and, at most, of
             references), ``quantized_from`` and ``judged_from`` (shares of the training after which
-            codes and the adversary count) and ``bend`` (recordings are played up to so many times
-            faster or slower, each as if by a voice of its own).
+            codes and the adversary count), ``bend`` (recordings are played up to so many times
+            faster or slower, each as if by a voice of its own) and ``warp`` (of
+            :func:`warped`, at most).
         data: Sounds, each of one voice.
         plan: The training.
         says: Plain data that decides what is learnt.
@@ -261,7 +288,11 @@ class MelCodecLearner:
         padded = torch.stack([F.pad(x, (0, longest - len(x))) for x in others])
         done = part / (self.plan.steps * self.plan.accumulate)
         when = done >= s.quantized_from, done >= s.judged_from
-        return Batch(self.spectrum(torch.stack(cuts)), self.spectrum(padded), frames, *when)
+        mel, heard = self.spectrum(torch.stack(cuts)), None
+        if s.warp:
+            by = 1 + s.warp * (2 * torch.rand(s.batch_size, generator=draw) - 1)
+            heard = warped(mel, by)
+        return Batch(mel, self.spectrum(padded), frames, *when, heard)
 
     def loss(self, batch: Batch) -> Loss:
         """Of one batch."""
