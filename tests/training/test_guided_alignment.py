@@ -1,9 +1,11 @@
-"""Guided alignment: the loss, the tap, the alignments of model 1, and a head that learns them."""
+"""Guided alignment: the loss, the tap, given and expected alignments, a head that learns them."""
 
 from __future__ import annotations
 
 import json
+import pickle
 import random
+import re
 from dataclasses import replace
 from itertools import product
 
@@ -12,13 +14,19 @@ import torch
 
 from isthmus.cli.main import main
 from isthmus.decoding.shortlist import Lexicon, learn_lexicon
-from isthmus.errors import InvalidInputError
+from isthmus.errors import BrokenFileError, InvalidInputError
 from isthmus.models.encoder_decoder import shifted
 from isthmus.nn.attention import MultiHeadAttention
 from isthmus.objectives.alignment import HeadTap, alignment_loss
 from isthmus.systems.text.marian import Marian
-from isthmus.training.data import Data, Pair
-from isthmus.training.guided_alignment import GuidedLearner, aligned, tapped
+from isthmus.training.data import Aligned, Data, Pair, read
+from isthmus.training.guided_alignment import (
+    GuidedLearner,
+    aligned,
+    alignment_error,
+    given_alignment,
+    tapped,
+)
 from isthmus.training.loop import Plan
 from isthmus.training.system import train
 from isthmus.workbench.dates import LANGUAGES, Example, examples, fields
@@ -138,7 +146,7 @@ def test_the_loss_of_a_batch_is_that_of_both_parts() -> None:
     learner = system.learner(DATA, Plan(2))
     assert isinstance(learner, GuidedLearner)
     batch = learner.batch(0)
-    source, target = batch
+    source, target, _ = batch
     learner.module.eval()
     plain = learner.loss(batch)
     learner.module.train()
@@ -156,6 +164,78 @@ def test_the_loss_of_a_batch_is_that_of_both_parts() -> None:
     with pytest.raises(InvalidInputError, match="must be positive"):
         system.settings = replace(settings, guided_alignment=-1.0)
         system.learner(DATA, Plan(2))
+
+
+def _numbers(texts: list[str], aligned: bool) -> list[Pair]:
+    """Digits, which come again and again, and their words in the other order."""
+    found = [Pair(" ".join(NAMES[d] for d in text), text[::-1]) for text in texts]
+    if not aligned:
+        return found
+    last = range(len(texts[0]))[-1]
+    words = [[range(*m.span()) for m in re.finditer("[a-z]+", p.source)] for p in found]
+    return [
+        Aligned(*p, [(each[last - t], range(t, t + 1)) for t in range(last + 1)])
+        for p, each in zip(found, words, strict=True)
+    ]
+
+
+def test_given_alignments_teach_what_model_1_cannot_know(tmp_path) -> None:
+    texts = list(map("".join, product("123", repeat=4)))
+    random.Random(0).shuffle(texts)
+    plan = Plan(80, learning_rate=3e-3, warmup_steps=10, validate_every=80)
+    asked = _numbers(texts[60:], True)
+    errors = {}
+    for given in (False, True):
+        data = Data(_numbers(texts[:60], given), _numbers(texts[60:], False), "digits")
+        settings = replace(SETTINGS, guided_alignment=0.5)
+        system = train(Marian, data, settings, plan, out=tmp_path / f"{given}")
+        errors[given] = alignment_error(system.module, system.tokenizer, asked)
+        wrong = 0
+        for pair in asked:  # one by one
+            ids = [system.tokenizer(side, return_tensors="pt")["input_ids"] for side in pair]
+            best = aligned(system.module, *ids)[0].argmax(-1)
+            told = given_alignment(system.tokenizer, pair)
+            wrong += int((told[torch.arange(4), best[:4]] == 0).sum())
+        assert errors[given] == wrong / (4 * len(asked))
+    assert errors[True] < 0.05 < 0.5 * errors[False], errors
+
+
+def test_given_alignments_by_hand() -> None:
+    data = Data([Aligned("ab cd", "x yz", [(range(3, 5), range(1))]), Pair("gh", "u")], [])
+    data = replace(data, train=[*data.train, Aligned("ef", "w", [(range(1), range(1))])])
+    system = Marian.untrained(replace(SETTINGS, guided_alignment=0.1), data)
+    cut = system.tokenizer.tokenize
+    assert (cut("ab cd"), cut("x yz")) == (["a", "b", "Ġ", "c", "d"], ["x", "Ġ", "y", "z"])
+    found = [given_alignment(system.tokenizer, pair) for pair in data.train]
+    assert found[0][0].tolist() == [0, 0, 0, 0.5, 0.5, 0] and found[0].sum() == 1
+    assert not found[1].any()
+    assert found[2].tolist() == [[1, 0, 0], [0, 0, 0]]
+    learner = system.learner(data, Plan(2))
+    for part in range(learner.sampler.parts):
+        source, target, wanted = learner.batch(part)
+        for row, place in enumerate(learner.sampler.rows(part)):
+            size = found[place].shape
+            assert wanted.shape == (len(source), target.shape[1], source.shape[1])
+            assert wanted[row, : size[0], : size[1]].tolist() == found[place].tolist()
+            assert wanted[row].sum() == found[place].sum()
+
+
+def test_links_of_words_are_read_beside_pairs(tmp_path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    told = {"source": "vier Katzen", "target": "four cats", "alignment": "0-0 1-1"}
+    plain = {"source": "drei", "target": "three"}
+    file.write_text("".join(json.dumps(r) + "\n" for r in (told, plain)), encoding="utf-8")
+    data = read("pairs", [file])
+    (found,) = data.train
+    assert isinstance(found, Aligned) and not isinstance(data.valid[0], Aligned)
+    assert found.spans == ((range(4), range(4)), (range(5, 11), range(5, 9)))
+    assert found == Pair("vier Katzen", "four cats")  # wherever pairs are read
+    assert Data([found], []).fingerprint != Data([Aligned(*found)], []).fingerprint
+    assert pickle.loads(pickle.dumps(found)).spans == found.spans
+    for links in ("0-2", "2-0", "0", "a-b", "-1-0"):
+        file.write_text(json.dumps(told | {"alignment": links}) + "\n", encoding="utf-8")
+        with pytest.raises(BrokenFileError, match=r"line 1: .* is no link"):
+            read("pairs", [file])
 
 
 def test_the_fields_of_a_date_are_where_they_stand() -> None:

@@ -20,12 +20,13 @@ from typing import Any
 
 import torch
 
+from isthmus.decoding.acceptance import likeliest
 from isthmus.decoding.fast import FastSession, FastTarget
 from isthmus.decoding.native import Kernel
 from isthmus.decoding.program import LOGITS, STREAM, Kind, Program
 from isthmus.decoding.tree import TokenTree
 from isthmus.errors import BrokenFileError, InvalidInputError
-from isthmus.roles import Scores, Session, Taps
+from isthmus.roles import Features, Scores, Session, Taps
 
 
 @dataclass(frozen=True)
@@ -310,12 +311,24 @@ class ShortlistSession(FastSession):
     _kernel: Kernel | None = None
 
     def choose(self, tree: TokenTree, *, taps: Taps | None = None) -> Scores:
-        """Logits: those of a shortlist are few."""
-        return self._run(tree, taps=taps)
+        """The likeliest tokens of the shortlists."""
+        if self.allowed is None:
+            return super().choose(tree, taps=taps)
+        some, features = self._listed(tree, taps)
+        best = likeliest(some)
+        if not bool(some.gather(2, best[..., None]).isfinite().all()):
+            return Scores(self._spread(some), features)  # who reads logits says what is wrong
+        return Scores(torch.empty(0), features, self._ids[best])
 
     def _run(self, tree: TokenTree, *, taps: Taps | None = None, last_only: bool = False) -> Scores:
         if self.allowed is None or last_only:
             return super()._run(tree, taps=taps, last_only=last_only)
+        some, features = self._listed(tree, taps)
+        return Scores(self._spread(some), features)
+
+    def _listed(self, tree: TokenTree, taps: Taps | None) -> tuple[torch.Tensor, Features | None]:
+        """Logits [B, N, U] of the tokens on any list, -inf where a row's has it not."""
+        assert self.allowed is not None
         if self._kernel is None:
             self._ids = self.allowed.any(0).nonzero()[:, 0]
             self._banned = ~self.allowed[:, None, self._ids]
@@ -324,9 +337,12 @@ class ShortlistSession(FastSession):
         found = super()._run(tree, taps=asked, last_only=True).features
         assert found is not None and found.final is not None
         some = self._kernel.head(found.final).masked_fill_(self._banned, -torch.inf)
+        return some, found if taps else None
+
+    def _spread(self, some: torch.Tensor) -> torch.Tensor:
+        """The same as logits [B, N, V] of all tokens."""
         logits = some.new_full((*some.shape[:2], self.target.vocab_size), -torch.inf)
-        logits.index_copy_(2, self._ids, some)
-        return Scores(logits, found if taps else None)
+        return logits.index_copy_(2, self._ids, some)
 
     def reorder(self, rows: Sequence[int]) -> None:
         """Put the rows into another order; see :meth:`SlotSession.reorder`."""

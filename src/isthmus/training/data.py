@@ -4,7 +4,8 @@ What a system reads is a *kind* of record. A kind is a function from one file to
 new medium adds one entry to :data:`KINDS`::
 
     texts   one document           .txt .md .rst .py (a file each), .jsonl with a field "text"
-    pairs   a source and its target .tsv .csv (two columns), .jsonl with "source" and "target"
+    pairs   a source and its target .tsv .csv (two columns), .jsonl with "source" and "target",
+                                    and "alignment" where an aligner has found it
     pictures  a picture             .png .jpg ... (a file each)
     clips   moving pictures         .mp4 .mkv ... (a file each)
     masks   a picture and its mask  x.jpg and x.mask.png, or images/x.jpg and masks/x.png
@@ -22,10 +23,11 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 from isthmus.errors import BrokenFileError, InvalidInputError, UnknownNameError, require
 from isthmus.signals import image, video
@@ -44,6 +46,60 @@ class Pair(NamedTuple):
 
     source: str
     target: str
+
+
+class Aligned(Pair):
+    """A pair of which it is known what in the target comes from where in the source.
+
+    Args:
+        source: The source.
+        target: The target.
+        spans: Characters of the source, and those of the target that come from them.
+
+    Example:
+        >>> Aligned.by_words("vier Katzen", "four cats", "0-0 1-1").spans
+        ((range(0, 4), range(0, 4)), (range(5, 11), range(5, 9)))
+    """
+
+    spans: tuple[tuple[range, range], ...]
+
+    def __new__(cls, source: str, target: str, spans: Iterable[tuple[range, range]] = ()) -> Self:
+        """A pair, with the spans beside it."""
+        made = super().__new__(cls, source, target)
+        made.spans = tuple(spans)
+        return made
+
+    def __repr__(self) -> str:
+        """All three: it is what a fingerprint is made of."""
+        return f"Aligned({self.source!r}, {self.target!r}, {self.spans!r})"
+
+    @classmethod
+    def by_words(cls, source: str, target: str, links: str) -> Self:
+        """From what aligners write.
+
+        Args:
+            source: The source.
+            target: The target.
+            links: Numbers of words that belong together, ``source-target``, from 0; words are what
+                stands between blanks.
+
+        Raises:
+            InvalidInputError: A link is none, or there is no such word.
+        """
+        words = [
+            [range(*word.span()) for word in re.finditer(r"\S+", side)] for side in (source, target)
+        ]
+        spans = []
+        for link in links.split():
+            told = re.fullmatch(r"([0-9]+)-([0-9]+)", link)
+            places = [int(number) for number in told.groups()] if told else []
+            if not told or any(n >= len(side) for n, side in zip(places, words, strict=True)):
+                raise InvalidInputError(
+                    f"{link!r} is no link; SOURCE-TARGET are numbers of words from 0, of "
+                    f"{len(words[0])} and {len(words[1])} words here"
+                )
+            spans.append((words[0][places[0]], words[1][places[1]]))
+        return cls(source, target, spans)
 
 
 class Spoken(NamedTuple):
@@ -113,7 +169,7 @@ def _document(path: Path) -> Iterator[Line]:
 
 def _pairs(path: Path, first: str = "source", second: str = "target") -> Iterator[Line]:
     if path.suffix == ".jsonl":
-        yield from _objects(path, lambda o: Pair(_text(o, first), _text(o, second)))
+        yield from _objects(path, lambda o: _pair(o, first, second))
         return
     if path.suffix == ".csv":
         rows: Iterator[tuple[int, list[str]]] = (
@@ -128,6 +184,16 @@ def _pairs(path: Path, first: str = "source", second: str = "target") -> Iterato
             yield number, BadRecord(f"needs two columns, {first} and {second}; it has {len(row)}")
         else:
             yield number, Pair(*(cell.strip() for cell in row))
+
+
+def _pair(told: dict[str, Any], first: str, second: str) -> Pair:
+    pair = Pair(_text(told, first), _text(told, second))
+    if "alignment" not in told:
+        return pair
+    try:
+        return Aligned.by_words(*pair, _text(told, "alignment"))
+    except InvalidInputError as error:
+        raise BadRecord(str(error)) from error
 
 
 def _picture(path: Path) -> Iterator[Line]:

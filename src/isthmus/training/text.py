@@ -18,7 +18,8 @@ from isthmus.roles import Loss
 from isthmus.training.buckets import Buckets2D, BucketSampler, Profile, batch_sizes
 from isthmus.training.data import Data, Pair
 
-Batch = tuple[torch.Tensor, torch.Tensor]
+Batch = tuple[torch.Tensor, ...]
+"""Sources and targets, and what else a learner asks for."""
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str]) -> list[torch.Tensor]:

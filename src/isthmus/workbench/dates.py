@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from isthmus.errors import InvalidInputError, UnknownNameError
+from isthmus.training.data import Aligned
 from isthmus.workbench.pycode import Split
 
 if TYPE_CHECKING:
@@ -222,6 +223,15 @@ def fields(example: Example) -> list[tuple[range, range]]:
                 place += size
         return [(found["y"], range(4)), (found["m"], range(5, 7)), (found["d"], range(8, 10))]
     raise InvalidInputError(f"{example.source!r} is no date as {example.language!r} writes it")
+
+
+def aligned(example: Example) -> Aligned:
+    """The pair, and that year, month and day come from year, month and day.
+
+    Raises:
+        InvalidInputError: The language does not write the date so.
+    """
+    return Aligned(example.source, example.target, fields(example))
 
 
 def is_held_out(date: datetime.date) -> bool:
