@@ -34,16 +34,15 @@ from isthmus.nn.conformer import Conformer
 from isthmus.nn.spec_augment import SpecAugment
 from isthmus.objectives.ctc import ctc_loss
 from isthmus.roles import Loss
-from isthmus.signals.audio import fit, read
+from isthmus.signals.audio import Recording, fit, read
 from isthmus.signals.features import RATE, LogMel
 from isthmus.training.data import Data, Translated
 from isthmus.training.loop import Plan
 from isthmus.training.speech import SpokenBatches, Words, features_of, spelled, unspelled
 from isthmus.training.system import Answer, Scale, TrainedSystem
-from isthmus.workbench.data import data as named_data
 from isthmus.workbench.ears import ear, lend
 from isthmus.workbench.recogniser import Settings as Hearing
-from isthmus.workbench.speech import NOISES, noise, surrounded
+from isthmus.workbench.speech import NOISES, corpus, noise, surrounded
 from isthmus.workbench.trained import trained
 
 UNKNOWN, TASKS = "<nolang>", ("<asr>", "<translate>")
@@ -318,8 +317,9 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
     """Three arms that were trained alike: ours, without conditioning, and with a text decoder."""
     size = "test" if scale == "test" else "small"
     told = OwsmCtc.scales[size]
-    records: Data[Translated] = named_data(told.data, "translated")
-    valid = records.valid[: 12 if size == "test" else None]
+    days = corpus("multi", "held-out", 12 if size == "test" else 1000, seed=11)
+    valid = [Translated(Recording(samples=u.samples), u.line.language, u.line.text, u.line.target)
+             for u in days]  # fmt: skip
     made: dict[str, OwsmCtc] = {}
     for name, change in {"ours": {}, "off": {"condition": False}, "decoder": BASELINE}.items():
         settings: Settings = replace(told.settings, **change)  # type: ignore[arg-type]
@@ -332,12 +332,11 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
 
     timings = ruler.compare({name: partial(reads, name, TASKS[1]) for name in made}, repeats=3)
     faster = ratio(timings["decoder"], timings["ours"])
-    long = torch.cat(sounds)
+    long, hiss = torch.cat(sounds), torch.Generator().manual_seed(0)
     rtfx = {name: len(long) / RATE / timing.median_s for name, timing in timings.items()}
-    hiss = torch.Generator().manual_seed(0)
     empty = [0.1 * noise(k, 2 * RATE, hiss) for k in NOISES * (1 if size == "test" else 8)]
-    heard = {name: " ".join(text for _, text in m.answer(empty)) for name, m in made.items()}
-    dreamt = {name: len(text.split()) / len(empty) for name, text in heard.items()}
+    dreamt = {name: sum(len(text.split()) for _, text in m.answer(empty)) / len(empty)
+              for name, m in made.items()}  # fmt: skip
     windowed = partial(made["ours"].long_form, long, window_s=6, context_s=0.8)
     alone = partial(reads, "decoder", TASKS[0])
     form = ruler.compare({"windows": windowed, "decoder": alone}, repeats=3)
@@ -392,9 +391,10 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
             "off: inner CTC without telling the blocks above; all arms take the same steps",
             "all arms start from one cached CTC encoder of three blocks; one with over half of "
             "the words of a task wrong has not learnt, and comparisons with it count for nothing",
-            f"{len(valid)} held-out days in German, English and Spanish; the language is hidden",
+            f"{len(valid)} days of three languages, hidden ones, that chose no checkpoint",
             "after a first look: translations in the order of speech; more and narrower blocks; "
-            "then, as all heard words in noise: features of a fixed level, and in training up to "
-            "0.6 s of silence or noise of these kinds, of other seeds, around half of the sounds",
+            "then, as all heard words in noise, features of a fixed level and up to 0.6 s of "
+            "silence or noise around half of what is learnt; then more days (of 200, the gain of "
+            "conditioning was 0.5 points, and after these changes -0.2)",
         ),
     )
