@@ -2,7 +2,9 @@
 
 import importlib.metadata
 import itertools
+import math
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 
 from isthmus.errors import InvalidInputError, MissingExtraError, UnknownNameError
 from isthmus.workbench import speech
-from isthmus.workbench.speech import Line, babble, lines, noise, say
+from isthmus.workbench.speech import Line, babble, lines, noise, say, surrounded
 
 
 @pytest.fixture
@@ -101,3 +103,30 @@ def test_hum_clicks_and_babble(own_cache: Path) -> None:
     voices = say([Line("hello there", "hello there")])
     crowd = babble(voices, 40000, torch.Generator().manual_seed(0))
     assert crowd.shape == (40000,) and float(crowd.square().mean()) == pytest.approx(1, rel=1e-4)
+
+
+def test_speech_lies_unchanged_within_silence_or_noise_of_its_ratio() -> None:
+    draw = torch.Generator().manual_seed(3)
+    speech_like = torch.randn(800, generator=draw)
+    around = partial(surrounded, speech_like, longest_s=0.1, snr_db=(0.0, 20.0))
+    before, added, ratios = [], [], []
+    for _ in range(200):
+        heard = around(draw)
+        if len(heard) == 800:
+            assert heard is speech_like
+            continue
+        same = (heard.unfold(0, 800, 1) - speech_like).abs().amax(1)
+        start = int(same.argmin())
+        assert float(same[start]) == 0
+        before.append(start / (len(heard) - 800))
+        added.append(len(heard) - 800)
+        rest = torch.cat([heard[:start], heard[start + 800 :]])
+        ratios.append(10 * float((speech_like.square().mean() / rest.square().mean()).log10()))
+    assert 75 < len(added) < 125 and 1400 < max(added) <= 1600 and min(added) < 200
+    assert min(before) < 0.1 and max(before) > 0.9 and 0.4 < sum(before) / len(before) < 0.6
+    noise_ratios = [ratio for ratio in ratios if ratio < math.inf]
+    assert 0.05 < 1 - len(noise_ratios) / len(ratios) < 0.3  # silence is one of six
+    assert -1e-3 < min(noise_ratios) < 2 and 18 < max(noise_ratios) < 20 + 1e-3
+    assert len(surrounded(speech_like, draw, longest_s=0.0, share=1.0)) == 800
+    first, again = (around(torch.Generator().manual_seed(8), share=1.0) for _ in range(2))
+    assert len(first) > 800 and torch.equal(first, again)

@@ -78,6 +78,19 @@ def test_lower_blocks_learn_the_transcript_and_upper_ones_the_task() -> None:
     torch.testing.assert_close(learner.loss(batch).total, wanted)
 
 
+def test_sounds_lie_in_noise_in_training_and_nowhere_else() -> None:
+    plain, around = (Learner(made(replace(TINY, around=a)), DATA, Plan(10)) for a in (0.0, 0.5))
+    base, found = plain.batch(2), around.batch(2)
+    more = found.frames - base.frames
+    assert 0 < int((more > 1).sum()) < len(more) and int(more.max()) <= 50
+    assert torch.equal(found.answer, base.answer)
+    # features keep the level of a sound, so noise is not as loud as speech once it is all there is
+    system = made()
+    quiet, loud = (system.mel(a * torch.ones(1, 800).cumsum(1).sin(), torch.tensor([800]))[0]
+                   for a in (0.01, 0.5))  # fmt: skip
+    assert float((loud - quiet).mean()) > 0.5
+
+
 def test_without_conditioning_and_inner_blocks_it_is_plain_ctc() -> None:
     plain = made(replace(TINY, inner=(), source=(), condition=False))
     learner = Learner(plain, DATA, Plan(10))

@@ -43,6 +43,33 @@ def test_batches_are_of_like_lengths_and_follow_from_their_number() -> None:
     assert letters.decode(plain.of([1]).targets[0].tolist()) == "bbb"
 
 
+def test_training_sounds_are_altered_and_masked_as_the_seed_and_the_number_say() -> None:
+    letters, mel = Characters.of(["ab"]), LogMel("nemo", 16, normalise="fixed")
+
+    def longer(sound: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+        return torch.cat([torch.randn(1600, generator=draw), sound])
+
+    plain = SpokenBatches(records(), letters, mel, 23, parts=1)
+    altered = SpokenBatches(records(), letters, mel, 23, parts=1, alter=longer)
+    batch, found = plain.batch(0), altered.batch(0)
+    assert torch.equal(found.frames, batch.frames + 10) and found.rows == batch.rows
+    assert torch.equal(altered.batch(0).features, found.features)
+    assert torch.equal(altered.of([1]).features, plain.of([1]).features)  # not in validation
+    # the batch that has all records has others' noise under another number or seed
+    other = SpokenBatches(records(), letters, mel, 23, parts=1, alter=longer, seed=1)
+    heads = {
+        tuple(b.features[b.rows.index(5), :, 4].tolist())
+        for b in (found, altered.batch(1), other.batch(0))
+    }
+    assert len(heads) == 3
+    masks = []
+    for seed in (0, 1):
+        augment = SpecAugment(2, 8, 2, 0.2)
+        made = SpokenBatches(records(), letters, mel, 23, parts=1, seed=seed, augment=augment)
+        masks.append(made.batch(0).features[made.batch(0).rows.index(22)] == 0)
+    assert masks[0].any() and not torch.equal(*masks)
+
+
 def test_an_unknown_character_is_refused() -> None:
     with pytest.raises(InvalidInputError, match="has 'c'"):
         Characters("ab").encode("abc")

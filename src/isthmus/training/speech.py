@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -195,6 +196,7 @@ class SpokenBatches:
         size: Records of a batch.
         seed: Seed of the order and of SpecAugment.
         augment: Masks the features of training batches.
+        alter: Changes the sounds [N] of training batches before, with a generator of its draws.
         parts: Buckets by duration.
         sampler: Chooses the records of every batch instead.
 
@@ -211,11 +213,12 @@ class SpokenBatches:
         *,
         seed: int = 0,
         augment: SpecAugment | None = None,
+        alter: Callable[[torch.Tensor, torch.Generator], torch.Tensor] | None = None,
         parts: int = 6,
         sampler: BucketSampler | None = None,
     ) -> None:
         self.records, self.letters, self.mel = list(records), letters, mel
-        self.augment, self.seed, self.size = augment, seed, size
+        self.augment, self.alter, self.seed, self.size = augment, alter, seed, size
         self.targets = [letters.encode(record.text) for record in self.records]
         seconds = np.array([record.sound.duration_s for record in self.records])
         lengths = [len(t) for t in self.targets]
@@ -228,22 +231,27 @@ class SpokenBatches:
         self.order = np.argsort(seconds, kind="stable")
 
     def batch(self, part: int) -> SpokenBatch:
-        """The batch of that number, masked by SpecAugment."""
-        found = self.of(self.sampler.rows(part).tolist())
+        """The batch of that number, its sounds altered and its features masked."""
+        draw = torch.Generator().manual_seed(zlib.crc32(f"sounds/{self.seed}/{part}".encode()))
+        found = self.of(self.sampler.rows(part).tolist(), draw)
         if self.augment is None:
             return found
-        generator = torch.Generator().manual_seed(self.seed << 32 | part)
+        # torch keeps the lower 32 bits of a seed only
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + part)
         features = self.augment(found.features, found.frames, generator)
         return found._replace(features=features)
 
     def once(self) -> Iterable[SpokenBatch]:
-        """Every record once, short ones first, not masked."""
+        """Every record once, short ones first, as they are."""
         for start in range(0, len(self.order), self.size):
             yield self.of(self.order[start : start + self.size].tolist())
 
-    def of(self, rows: Sequence[int]) -> SpokenBatch:
-        """A batch of these records."""
-        features, frames = features_of(self.mel, [self.records[r].sound.at(RATE) for r in rows])
+    def of(self, rows: Sequence[int], draw: torch.Generator | None = None) -> SpokenBatch:
+        """A batch of these records, their sounds altered by these draws, if any."""
+        sounds = [self.records[r].sound.at(RATE) for r in rows]
+        if self.alter is not None and draw is not None:
+            sounds = [self.alter(sound, draw) for sound in sounds]
+        features, frames = features_of(self.mel, sounds)
         targets = [self.targets[r] for r in rows]
         lengths = torch.tensor([len(t) for t in targets])
         return SpokenBatch(features, frames, pad_sequence(targets, True), lengths, tuple(rows))

@@ -436,6 +436,40 @@ def noise(kind: str, length: int, generator: torch.Generator) -> torch.Tensor:
     return found / found.square().mean().sqrt().clamp(min=1e-12)
 
 
+def surrounded(
+    samples: torch.Tensor,
+    generator: torch.Generator,
+    *,
+    longest_s: float,
+    share: float = 0.5,
+    snr_db: tuple[float, float] = (-5.0, 35.0),
+) -> torch.Tensor:
+    """Speech somewhere in a longer recording, as real ones have it: silence or noise around it.
+
+    Args:
+        samples: Speech [N] at 16 kHz.
+        generator: Source of the draws.
+        longest_s: Most seconds that are added, before and after together; drawn evenly from 0.
+        share: How often anything is added.
+        snr_db: Range of the ratio of the speech to the noise, in decibels, drawn evenly.
+
+    Returns:
+        float32 [N and what was added]; the speech within is as it was.
+    """
+    chance, length, place, ratio = torch.rand(4, generator=generator).tolist()
+    kind = ("silence", *NOISES)[int(torch.randint(1 + len(NOISES), (), generator=generator))]
+    size = int(length * longest_s * RATE)
+    if chance >= share or not size:
+        return samples
+    hiss = torch.zeros(size)
+    if kind != "silence":
+        low, high = snr_db
+        level = samples.square().mean().sqrt() * 10 ** -((low + (high - low) * ratio) / 20)
+        hiss = level * noise(kind, size, generator)
+    start = int(place * (size + 1))
+    return torch.cat([hiss[:start], samples, hiss[start:]])
+
+
 def babble(voices: Sequence[Utterance], length: int, generator: torch.Generator) -> torch.Tensor:
     """Six voices at once, each repeated from a random place, of power 1, float32 [N]."""
     total = torch.zeros(length)
