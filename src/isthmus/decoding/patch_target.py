@@ -135,7 +135,7 @@ class PatchSession:
 
     def keep(self, path: torch.Tensor) -> None:
         """Commit the first tokens of the last chain, int64 [B, M] padded with -1."""
-        counts = (path >= 0).sum(1).tolist()
+        counts = [sum(node >= 0 for node in row) for row in path.tolist()]  # a chain is short
         self._lengths = [n + c for n, c in zip(self._lengths, counts, strict=True)]
 
     def truncate(self, lengths: Sequence[int]) -> None:
