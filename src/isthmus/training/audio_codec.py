@@ -213,7 +213,7 @@ class CodecLearner:
 
     def batch(self, part: int) -> tuple[Any, ...]:
         """Sounds [B, N], codebooks, and whether the discriminator counts and learns; or codes."""
-        s, draw = self.settings, torch.Generator().manual_seed(self.plan.seed << 32 | part)
+        s, draw = self.settings, torch.Generator().manual_seed(self.plan.seed * 1_000_003 + part)
         done = part / (self.plan.steps * self.plan.accumulate)
         if self.module.lm is not None and done >= self.coding_from:
             return (self._codes(draw),)

@@ -270,7 +270,7 @@ class MelCodecLearner:
     def batch(self, part: int) -> Batch:
         """Spectra, at a level drawn for each row."""
         s, hop = self.settings, self.spectrum.hop
-        draw = torch.Generator().manual_seed(self.plan.seed << 32 | part)
+        draw = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + part)
         rows = torch.randint(len(self.train), (s.batch_size,), generator=draw).tolist()
         draws = torch.rand(s.batch_size, 4, generator=draw).tolist()
         gains = 10 ** (torch.empty(s.batch_size).uniform_(-6, 0, generator=draw) / 20)

@@ -105,7 +105,8 @@ class Learner:
 
     def batch(self, part: int) -> tuple[torch.Tensor, torch.Tensor, float]:
         """Noisy and clean [B, N], and the weight of the STFT terms."""
-        s, generator = self.settings, torch.Generator().manual_seed(self.plan.seed << 32 | part)
+        s = self.settings
+        generator = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + part)
         rows = torch.randint(len(self.train), (s.batch_size,), generator=generator).tolist()
         cuts = []
         for row in rows:

@@ -150,7 +150,7 @@ class Learner:
 
     def batch(self, part: int) -> LimitedBatch:
         """See :class:`~isthmus.training.speech.SpokenBatches`."""
-        generator = torch.Generator().manual_seed(self.seed << 32 | part)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + part)
         rights = self.system.settings.rights
         drawn = int(torch.randint(len(rights), (), generator=generator))
         return LimitedBatch(self.train.batch(part), rights[drawn])
