@@ -101,7 +101,7 @@ def test_places_are_filled_as_they_become_free_and_no_sooner() -> None:
 
 def test_clocks_stop_with_an_answer_and_where_nobody_reads_on() -> None:
     target = TableTarget(11, seed=3)
-    asked = [Request(torch.tensor([1, 2]), Stopper(max_new_tokens=n)) for n in (3, 40, 10_000)]
+    asked = [Request(torch.tensor([1, 2]), Stopper(max_new_tokens=n)) for n in (3, 40, 10_000, 50)]
     rounds = decode(
         target,
         asked,
@@ -110,10 +110,13 @@ def test_clocks_stop_with_an_answer_and_where_nobody_reads_on() -> None:
         law=Law(),
         generator=torch.Generator(),
     )
-    for _ in range(60):
+    for number in range(60):
         next(rounds)
+        if number == 20:  # as a server does when a client has gone
+            asked[3].result.finish_reason = "cancelled"
     rounds.close()
-    short, longer, cut = (request.result.stats for request in asked)
+    short, longer, cut, gone = (request.result.stats for request in asked)
+    assert gone.new_tokens == 21 and short.seconds < gone.seconds < longer.seconds
     assert 0 < short.seconds < longer.seconds < cut.seconds
     assert 0 < short.parts_s["score"] < longer.parts_s["score"] < cut.parts_s["score"]
     assert [s.new_tokens for s in (short, longer, cut)] == [3, 40, 60]

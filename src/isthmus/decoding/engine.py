@@ -538,6 +538,7 @@ class _Loop:
             self.policy.select(alive)
         left = {*context.requests} - {context.requests[b] for b in alive}
         self.law.forget(sorted(left))
+        self.settle(left & self.since.keys())  # those that were ended from outside
         for index in left:
             del self.requests[index]
         context.ids = context.ids[alive]
