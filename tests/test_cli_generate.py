@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -72,8 +71,7 @@ def test_an_interrupt_keeps_what_was_written() -> None:
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
     assert process.stdout is not None
-    head = process.stdout.read(8)  # text is flowing
-    time.sleep(0.2)
+    head = process.stdout.read(8)  # text is flowing, for a second at least
     process.send_signal(signal.SIGINT)
     rest, errors = process.communicate(timeout=60)
     assert process.returncode == 130
