@@ -386,6 +386,7 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
         scale=scale,
         device="cpu",
         status=judge(gates, (*gates[:3], *gates[4:])),
+        reason="; ".join(f"missed: {gate.name}" for gate in gates if not gate.passed),
         gates=gates,
         seeds=(told.plan.seed,),
         notes=(
