@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -26,8 +26,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from torch.utils.module_tracker import ModuleTracker
 
-from isthmus.decoding.target import HubTarget
 from isthmus.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from isthmus.decoding.target import HubTarget
 
 _BY_ROW = {"embedding", "index_select", "gather", "index"}
 """Operations that read of their first input only as much as they return."""
