@@ -10,7 +10,7 @@ from isthmus.roles import Hypothesis, RoundTrace
 
 @dataclass
 class Stats:
-    """Counts and clocks of one request (of its whole batch, for the clocks).
+    """Counts and clocks of one request (of its whole batch, for the clocks, set at its end).
 
     Attributes:
         new_tokens: Tokens emitted.

@@ -219,7 +219,7 @@ def ready(
         name: Its id, or the part behind the stroke.
         model: Folder of a trained codec; one is trained at the scale small when there is none.
         quality: Wanted quality, of a codec that has such a choice.
-        report: Called after every step of a training.
+        report: Called after every step of a training, also one on the file that is coded.
 
     Raises:
         UnknownNameError: No such codec.
@@ -229,20 +229,20 @@ def ready(
     choice = {} if quality is None else {"quality": quality}
     if choice and "quality" not in inspection.signature(system).parameters:
         raise InvalidInputError(f"{name} has no quality to choose; leave --quality out")
-    if not issubclass(system, TrainedCodec):
+    made: Any
+    if issubclass(system, TrainedCodec):
+        if model is None:
+            from isthmus.workbench.trained import at_hand  # a door that trains nothing opens sooner
+
+            model = at_hand(system, report)
+        made = system.from_pretrained(model)
+    else:
         if model is not None:
             raise InvalidInputError(f"{name} is not trained; leave --model out")
-        made: Any = system(**choice)
+        made = system(**choice)
         if getattr(system, "fits_each_file", False):
             made.report = report
-        codec: Codec = made
-        return codec
-    if model is None:
-        from isthmus.workbench.trained import at_hand  # a door that trains nothing opens sooner
-
-        model = at_hand(system, report)
-    found: Any = system.from_pretrained(model)
-    codec = found
+    codec: Codec = made
     return codec
 
 
