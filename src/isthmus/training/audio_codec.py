@@ -36,6 +36,7 @@ from isthmus.objectives.audio import (
 from isthmus.roles import Loss
 from isthmus.training.data import Data, Spoken
 from isthmus.training.loop import Plan
+from isthmus.training.seeds import batch_generator
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ class CodecLearner:
 
     def batch(self, part: int) -> tuple[Any, ...]:
         """Sounds [B, N], codebooks, and whether the discriminator counts and learns; or codes."""
-        s, draw = self.settings, torch.Generator().manual_seed(self.plan.seed * 1_000_003 + part)
+        s, draw = self.settings, batch_generator(self.plan.seed, part)
         done = part / (self.plan.steps * self.plan.accumulate)
         if self.module.lm is not None and done >= self.coding_from:
             return (self._codes(draw),)

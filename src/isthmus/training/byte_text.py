@@ -14,6 +14,7 @@ from isthmus.models.byte_patches import judged
 from isthmus.roles import Loss
 from isthmus.signals.tokenizer import stream
 from isthmus.training.data import Data
+from isthmus.training.seeds import batch_generator
 from isthmus.training.system import TrainedSystem
 
 
@@ -51,7 +52,7 @@ class ByteLearner:
     def batch(self, part: int) -> torch.Tensor:
         """Pieces from anywhere, int64 [B, T]."""
         s = self.settings
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + part)
+        generator = batch_generator(self.seed, part)
         last = len(self.bytes) - s.max_length
         starts = torch.randint(last + 1, (s.batch_size, 1), generator=generator)
         return self.bytes[starts + torch.arange(s.max_length)].long()

@@ -25,6 +25,7 @@ from isthmus.signals.clips import Moving
 from isthmus.training.data import Data
 from isthmus.training.loop import Plan
 from isthmus.training.pictures import drawn
+from isthmus.training.seeds import batch_generator
 
 PICTURES, CLIPS, GRID = 0, 1, 2
 """Stages."""
@@ -140,7 +141,7 @@ class ClipLearner:
         few = stage == PICTURES
         count, length = (2 * told.batch_size, 1) if few else (told.batch_size, told.frames)
         rows = drawn(range(len(self.train)), count, part, self.plan.seed)
-        generator = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + part)
+        generator = batch_generator(self.plan.seed, part)
         clips = [self._frames(row) for row in rows]
         places = [self._place(frames, length, generator) for frames in clips]
         crops = [frames[place] for frames, place in zip(clips, places, strict=True)]

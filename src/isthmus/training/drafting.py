@@ -30,6 +30,7 @@ from isthmus.decoding.trained import Batch, TrainedDrafter, target_fingerprint
 from isthmus.errors import InvalidInputError, MismatchError
 from isthmus.roles import Shape
 from isthmus.training import state_file
+from isthmus.training.seeds import batch_generator
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,7 @@ class DraftTraining:
             order = np.random.default_rng([self.recipe.seed, epoch]).permutation(count)
             rows.append(int(order[place]))
         ids = self.texts[rows].long().to(device)
-        generator = torch.Generator(device).manual_seed(self.recipe.seed * 1_000_003 + step)
+        generator = batch_generator(self.recipe.seed, step, device)
         batch = read(self.drafter, ids, generator)
         return replace(batch, progress=step / self.recipe.steps)
 

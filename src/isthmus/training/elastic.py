@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from isthmus.models.elastic_decoder import ElasticDecoder
 from isthmus.roles import Loss
 from isthmus.training.data import Data
+from isthmus.training.seeds import batch_generator
 from isthmus.training.text import rows
 
 HELD_OUT = 64
@@ -62,7 +63,7 @@ class NestedLearner:
 
     def batch(self, part: int) -> tuple[torch.Tensor, tuple[int, ...]]:
         """Rows int64 [B, T + 1], and the widths that are taught by them."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + part)
+        generator = batch_generator(self.seed, part)
         chosen = torch.randint(len(self.rows), (self.size,), generator=generator)
         drawn = int(torch.multinomial(self.odds, 1, generator=generator))
         return self.rows[chosen], self.widths if self.joint else (self.widths[drawn],)

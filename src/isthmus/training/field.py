@@ -27,6 +27,7 @@ from isthmus.models.fields import (
 )
 from isthmus.roles import Loss
 from isthmus.training.loop import Plan, Progress, Trainer
+from isthmus.training.seeds import batch_generator
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class Learner:
         """Numbers of pictures [B]."""
         size = min(self.settings.batch_size, len(self.shown))
         many = -(-len(self.shown) // size)
-        draw = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + part // many)
+        draw = batch_generator(self.settings.seed, part // many)
         order = torch.randperm(len(self.shown), generator=draw)
         return self.shown[order[part % many * size :][:size]]
 

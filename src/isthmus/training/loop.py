@@ -39,6 +39,7 @@ from isthmus.errors import BrokenFileError, DivergedError, InvalidInputError, Mi
 from isthmus.roles import Learner
 from isthmus.training.optimizers import optimizer
 from isthmus.training.schedules import schedule
+from isthmus.training.seeds import draw_seed
 from isthmus.training.state_file import read, under, write
 
 Precision = Literal["32-true", "bf16-mixed", "bf16-true", "64-true"]
@@ -319,7 +320,7 @@ class Trainer:
         """Dropout and the like draw from a seed of this part of the run, and leave no trace."""
         cuda = [self.fabric.device] if self.fabric.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):
-            torch.manual_seed(self.plan.seed * 1_000_003 + part)
+            torch.manual_seed(draw_seed(self.plan.seed, part))
             yield
 
     def _unsynchronised(self, enabled: bool) -> Any:

@@ -36,6 +36,7 @@ from isthmus.roles import Loss
 from isthmus.signals.mel import MelSpectrum
 from isthmus.training.data import Data, Spoken
 from isthmus.training.loop import Plan
+from isthmus.training.seeds import batch_generator
 
 
 class MelCodec(nn.Module):
@@ -270,7 +271,7 @@ class MelCodecLearner:
     def batch(self, part: int) -> Batch:
         """Spectra, at a level drawn for each row."""
         s, hop = self.settings, self.spectrum.hop
-        draw = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + part)
+        draw = batch_generator(self.plan.seed, part)
         rows = torch.randint(len(self.train), (s.batch_size,), generator=draw).tolist()
         draws = torch.rand(s.batch_size, 4, generator=draw).tolist()
         gains = 10 ** (torch.empty(s.batch_size).uniform_(-6, 0, generator=draw) / 20)

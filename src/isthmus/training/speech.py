@@ -20,6 +20,7 @@ from isthmus.nn.spec_augment import SpecAugment
 from isthmus.signals.features import RATE, LogMel
 from isthmus.training.buckets import Buckets2D, BucketSampler, KeptBytes, Profile, batch_sizes
 from isthmus.training.data import Spoken, Translated
+from isthmus.training.seeds import batch_generator
 
 HOP = 160
 """Samples of a frame of the features."""
@@ -237,7 +238,7 @@ class SpokenBatches:
         if self.augment is None:
             return found
         # torch keeps the lower 32 bits of a seed only
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + part)
+        generator = batch_generator(self.seed, part)
         features = self.augment(found.features, found.frames, generator)
         return found._replace(features=features)
 

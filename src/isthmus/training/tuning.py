@@ -24,6 +24,7 @@ from torch import nn
 
 from isthmus.errors import DivergedError, InvalidInputError
 from isthmus.training.drafting import Recipe
+from isthmus.training.seeds import batch_generator
 
 Loss = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 """From texts int64 [B, T] and a source of noise to a scalar."""
@@ -193,7 +194,7 @@ def tune(
     for step, rows in enumerate(_batches(len(texts), recipe)):
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate(step)
-        generator = torch.Generator(device).manual_seed(recipe.seed * 1_000_003 + step)
+        generator = batch_generator(recipe.seed, step, device)
         value = loss(texts[rows].long().to(device), generator)
         value.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)

@@ -27,6 +27,7 @@ from isthmus.signals.image import Pictured
 from isthmus.training.data import Data
 from isthmus.training.loop import Plan
 from isthmus.training.pictures import drawn
+from isthmus.training.seeds import batch_generator
 
 
 class Told(Protocol):
@@ -69,7 +70,7 @@ class VQPictureLearner:
         """Crops of 0 to 1, [B, 3, side, side], the level that learns, and what else counts."""
         s, done = self.told, part / (self.plan.steps * self.plan.accumulate)
         rows = drawn(range(len(self.train)), s.batch_size, part, self.plan.seed)
-        draw = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + part)
+        draw = batch_generator(self.plan.seed, part)
         crops = [self._crop(self._picture(row), draw) for row in rows]
         whole = done < s.whole
         how: dict[str, Any] = {"whole": whole, "judged": done >= s.judged_from}

@@ -19,6 +19,7 @@ from torch import nn
 from isthmus.folders import kept, published
 from isthmus.roles import Loss
 from isthmus.training.loop import Plan, Trainer
+from isthmus.training.seeds import batch_generator
 
 FRAMES, SIDE, NOISE = 8, 16, 0.25
 SHAPES = ("square", "cross", "ring", "bar")
@@ -272,7 +273,7 @@ class CaptionLearner:
 
     def batch(self, part: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Frames and captions."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + part)
+        generator = batch_generator(self.seed, part)
         rows = torch.randint(len(self.said), (self.size,), generator=generator)
         which = torch.randint(len(TEMPLATES), (self.size,), generator=generator)
         return self.data.frames[rows], self.said[rows, which]

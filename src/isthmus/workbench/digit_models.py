@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from isthmus.decoding.target import HubTarget
 from isthmus.models.guided_decoder import GuidedDecoder
 from isthmus.models.hub import load_checkpoint
+from isthmus.training.seeds import batch_generator
 from isthmus.workbench._training import Recipe, build, nats
 from isthmus.workbench.courses import made
 from isthmus.workbench.digits import CLASSES, LEVELS, SIDE, digest, pictures, prompts
@@ -51,7 +52,7 @@ def drawn(recipe: Recipe, start: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Training pictures int64 [B, 8, 8] and their digits [B] of each step from ``start`` on."""
     grids, digits = pictures("train")
     for step in itertools.count(start):
-        generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
+        generator = batch_generator(recipe.seed, step)
         rows = torch.randint(len(grids), (recipe.batch_size,), generator=generator)
         yield grids[rows], digits[rows]
 
@@ -126,7 +127,7 @@ class GuidedCourse:
     def batches(self, start: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Pixels [B, 64], digits [B] and orders [B, 64] of each step."""
         for step, (grids, digits) in enumerate(drawn(self.recipe, start), start):
-            generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 - step - 1)
+            generator = batch_generator(self.recipe.seed, -step - 1)
             order = torch.rand(len(grids), SIDE * SIDE, generator=generator).argsort(1)
             silent = torch.rand(len(grids), generator=generator) < CLASS_DROPOUT
             yield grids.flatten(1), digits.masked_fill(silent, CLASSES), order

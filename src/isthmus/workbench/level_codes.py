@@ -24,6 +24,7 @@ from isthmus.models.code_patterns import Pattern
 from isthmus.models.pattern_lm import PatternLM
 from isthmus.roles import Loss
 from isthmus.training.loop import Plan, Trainer
+from isthmus.training.seeds import batch_generator
 
 
 class LevelLaw:
@@ -209,7 +210,7 @@ class PatternLearner:
 
     def batch(self, part: int) -> Tensor:
         """Matrices drawn with replacement, the same for every pattern."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + part)
+        generator = batch_generator(self.seed, part)
         return self.train[torch.randint(len(self.train), (self.batch_size,), generator=generator)]
 
     def loss(self, batch: Tensor) -> Loss:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from isthmus.models.picture_classifier import PictureClassifier
+from isthmus.training.seeds import batch_generator
 from isthmus.workbench._training import Recipe
 from isthmus.workbench.courses import made
 from isthmus.workbench.pycode import Split
@@ -108,7 +109,7 @@ class ShapeCourse:
         """Pixels [B, 3, side, side] and names [B] of each step."""
         known = shapes(min(TRAINING, self.recipe.steps * self.recipe.batch_size), "train")
         for step in itertools.count(start):
-            draw = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + step)
+            draw = batch_generator(self.recipe.seed, step)
             rows = torch.randint(len(known.names), (self.recipe.batch_size,), generator=draw)
             flips = torch.rand(2, generator=draw) < 0.5
             given = pixels(known.pictures[rows])

@@ -44,6 +44,7 @@ from isthmus.roles import Loss, Medium, Signal
 from isthmus.signals.image import Exact, tiles, untiled
 from isthmus.training.data import Data
 from isthmus.training.loop import Plan
+from isthmus.training.seeds import batch_generator
 from isthmus.training.system import WEIGHTS, Scale
 from isthmus.workbench.data import data as named_data
 from isthmus.workbench.digits import whole
@@ -254,7 +255,7 @@ class Learner:
         """Patches [B, D], or all of them where they are fewer."""
         if len(self.train) <= self.settings.batch_size:
             return self.train
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + part)
+        generator = batch_generator(self.seed, part)
         return self.train[
             torch.randint(len(self.train), (self.settings.batch_size,), generator=generator)
         ]

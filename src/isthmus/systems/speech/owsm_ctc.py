@@ -38,6 +38,7 @@ from isthmus.signals.audio import Recording, fit, read
 from isthmus.signals.features import RATE, LogMel
 from isthmus.training.data import Data, Translated
 from isthmus.training.loop import Plan
+from isthmus.training.seeds import batch_generator
 from isthmus.training.speech import SpokenBatches, Words, features_of, spelled, unspelled
 from isthmus.training.system import Answer, Scale, TrainedSystem
 from isthmus.workbench.ears import ear, lend
@@ -129,10 +130,9 @@ class Learner:
     def batch(self, part: int) -> Batch:
         """See :class:`Batch`."""
         base, words = self.train.batch(part), self.system.words
-        draw = torch.Generator().manual_seed(self.seed * 1_000_003 + part)
-        tasks = torch.randint(2, (len(base.rows),), generator=draw).tolist()
-        hidden = torch.rand(len(base.rows), generator=draw) < self.system.settings.hide_language
-        records = [self.heard[row] for row in base.rows]
+        records, draw = [self.heard[row] for row in base.rows], batch_generator(self.seed, part)
+        tasks = torch.randint(2, (len(records),), generator=draw).tolist()
+        hidden = torch.rand(len(records), generator=draw) < self.system.settings.hide_language
         answers = [
             words.encode(f"<{r.language}> {TASKS[t]} {spelled(r.translation) if t else r.text}")
             for r, t in zip(records, tasks, strict=True)

@@ -41,6 +41,7 @@ from isthmus.signals.audio import fit, read
 from isthmus.signals.features import HOP, RATE
 from isthmus.training.data import Data, Spoken
 from isthmus.training.loop import Plan
+from isthmus.training.seeds import batch_generator
 from isthmus.training.speech import (  # fmt: skip
     Characters,
     LimitedBatch,
@@ -150,9 +151,8 @@ class Learner:
 
     def batch(self, part: int) -> LimitedBatch:
         """See :class:`~isthmus.training.speech.SpokenBatches`."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + part)
-        rights = self.system.settings.rights
-        drawn = int(torch.randint(len(rights), (), generator=generator))
+        draw, rights = batch_generator(self.seed, part), self.system.settings.rights
+        drawn = int(torch.randint(len(rights), (), generator=draw))
         return LimitedBatch(self.train.batch(part), rights[drawn])
 
     def loss(self, batch: LimitedBatch) -> Loss:

@@ -30,6 +30,7 @@ from isthmus.roles import Loss
 from isthmus.signals.tokenizer import learn_tokenizer, sentinel
 from isthmus.training.data import Data
 from isthmus.training.loop import Plan, Trainer
+from isthmus.training.seeds import batch_generator
 from isthmus.training.system import Answer, Scale
 from isthmus.training.text import rows
 from isthmus.training.text_to_text import TextToText
@@ -180,7 +181,7 @@ class SpanLearner:
 
     def batch(self, part: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets, int64 [B, inputs] and [B, targets]."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + part)
+        generator = batch_generator(self.seed, part)
         chosen = torch.randint(len(self.rows), (self.size,), generator=generator)
         return self._corrupt(self.rows[chosen], generator)
 

@@ -33,6 +33,7 @@ from isthmus.roles import Loss
 from isthmus.signals.tokenizer import learn_tokenizer
 from isthmus.training.data import Data, Pair
 from isthmus.training.loop import Plan
+from isthmus.training.seeds import batch_generator
 from isthmus.training.system import Answer, Scale, TrainedSystem
 from isthmus.training.text import tokenize
 from isthmus.workbench import numbers
@@ -210,7 +211,7 @@ class PhraseLearner:
 
     def batch(self, part: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Sources and targets, int64 [B, S] and [B, T]."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + part)
+        generator = batch_generator(self.seed, part)
         size = self.system.settings.batch_size
         chosen = torch.randint(len(self.ids), (size,), generator=generator).tolist()
         source, target = zip(*(self.ids[i] for i in chosen), strict=True)
