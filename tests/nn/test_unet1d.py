@@ -38,6 +38,18 @@ def test_packets_of_any_size_give_the_whole(packets: list[int]) -> None:
     torch.testing.assert_close(found, unet(x), atol=1e-12, rtol=0)
 
 
+@torch.no_grad()
+def test_packets_give_the_whole_at_long_strides() -> None:
+    torch.manual_seed(0)
+    unet = WaveUNet(hidden=4, depth=2, kernel=16, stride=8).double().eval()
+    x = torch.randn(2, 500, dtype=torch.float64)
+    state, out = unet.init_state(), []
+    for packet in torch.nn.functional.pad(x, (0, unet.padded_length(500) - 500)).split(37, 1):
+        y, state = unet.step(packet, state)
+        out.append(y)
+    torch.testing.assert_close(torch.cat(out, 1)[:, :500], unet(x), atol=1e-12, rtol=0)
+
+
 def test_nothing_beyond_the_lookahead_matters() -> None:
     unet = net()
     latest = []

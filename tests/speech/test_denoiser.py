@@ -52,7 +52,11 @@ class Fixed:
         return self.net.init_state(batch, self.level)
 
 
-@pytest.mark.parametrize("settings", [TINY, Settings(4, 3, resample=4, zeros=8)])
+LONG = Settings(4, 2, 16, 8, resample=1)
+"""Kernel and stride of the scale small."""
+
+
+@pytest.mark.parametrize("settings", [TINY, LONG, Settings(4, 3, resample=4, zeros=8)])
 @torch.no_grad()
 def test_the_stream_gives_what_offline_gives(settings: Settings) -> None:
     net = enhancer(settings)

@@ -34,7 +34,7 @@ from isthmus.signals.subtraction import spectral_subtraction
 from isthmus.training.data import Data, Noisy
 from isthmus.training.loop import Plan
 from isthmus.training.system import Answer, Scale, TrainedSystem
-from isthmus.workbench.speech import noisy
+from isthmus.workbench.speech import lines, noisy
 from isthmus.workbench.trained import trained
 
 RATE = 16_000
@@ -159,18 +159,29 @@ class Denoiser(TrainedSystem):
             "workbench:noisy-few",
         ),
         "small": Scale(
+            # two levels of long kernels: fine filters and an LSTM every 4 ms take far fewer steps
+            # to learn than four levels of short ones with an LSTM every 16 ms
             Settings(
-                32,
-                4,
+                64,
+                2,
+                16,
+                8,
                 resample=1,
                 stft_weight=0.01,
                 stft_from=0.8,
                 band_mask=0.0,
-                batch_size=8,
+                batch_size=4,
                 segment_s=1.0,
                 max_hidden=64,
             ),
-            Plan(1250, learning_rate=3e-3, warmup_steps=20, validate_every=250),
+            Plan(
+                4000,
+                learning_rate=1e-2,
+                warmup_steps=80,
+                clip_norm=0.05,
+                validate_every=1000,
+                save_every=1000,
+            ),
             "workbench:noisy",
         ),
         "paper": Scale(
@@ -222,7 +233,7 @@ class Denoiser(TrainedSystem):
         return Answer(text, record, lambda path: write(path, clean, clip=True))
 
 
-PLAIN_STEPS = 1500
+PLAIN_STEPS = 4900
 """Steps of the arm without STFT terms, which costs what the other does: see the claim's rows."""
 
 
@@ -236,7 +247,12 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
         Denoiser.from_pretrained,
         (trained(Denoiser, size), trained(Denoiser, size, settings=off, plan=plain_plan)),
     )
-    held_out = noisy("docs", "accent", 4 if size == "test" else 60, seed=1)
+    count = 12 if size == "test" else 200
+    chose = {0: 24, 5: 60}  # the validation of a training, and what the scale was chosen on
+    looked_at = {x.text for seed, n in chose.items() for x in lines("docs", "accent", n, seed=seed)}
+    texts = lines("docs", "accent", count, seed=1)
+    drawn = zip(texts, noisy("docs", "accent", count, seed=1), strict=True)
+    held_out = [pair for line, pair in drawn if line.text not in looked_at]
     clean = [pair[1] for pair in held_out]
     with torch.no_grad():
         sounds = {
@@ -289,10 +305,15 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
         gates=gates,
         seeds=(told.plan.seed,),
         notes=(
-            f"{len(held_out)} sentences in white, pink and brown noise and hum at -5 to 20 dB",
-            "H 32 to 64, no resampling; PESQ above spectral subtraction is not asked for",
-            "a first run with H 12, the card's size, gained 2.4 dB; signs of the gains "
-            "became the gates of direction after it",
+            f"{len(held_out)} sentences, texts repeated in other voices, in white, pink and brown "
+            "noise and hum at -5 to 20 dB",
+            "H 64, two levels with K 16 and S 8, no resampling, a look-ahead of 8 ms; PESQ above "
+            "spectral subtraction is not asked for",
+            "changed after a first look: H 12 and four levels with K 8 and S 4 gained 2.4 dB, H 32 "
+            "to 64 then 6.6 dB; after that levels, kernels, batch, rate and clipping were chosen "
+            "by short runs on other sentences in the same accents and kinds of noise; no text of "
+            "those, or of the validation, is judged on any more; signs of the gains became the "
+            "gates of direction after the first run",
         ),
     )
 
