@@ -104,6 +104,19 @@ def test_whole_words_are_hidden_and_the_first_token_never() -> None:
     assert torch.equal(batch["shown"][~hidden], ids[~hidden])
 
 
+def test_a_batch_of_pretraining_hides_whole_words_of_real_texts() -> None:
+    learner = _new("mlm").learner(DATA, PLAN)
+    ids, present, words = learner.system.read(learner.texts)
+    assert torch.equal(words >= 0, present & (torch.arange(ids.shape[1]) > 0))
+    batches = [learner.batch(part) for part in range(TINY.pretrain_steps)]
+    share = sum(int(b["hidden"].sum()) for b in batches) / sum(
+        int(b["present"][:, 1:].sum()) for b in batches
+    )
+    assert share == pytest.approx(0.3, abs=0.1)
+    loss = learner.loss(batches[0])
+    assert float(loss.sums["encoder"]) > 0 and loss.total.requires_grad
+
+
 def test_a_score_is_the_sum_of_both_products(system: Retromae2) -> None:
     documents = {str(i): p.target for i, p in enumerate(PAIRS)}
     system.index(documents)

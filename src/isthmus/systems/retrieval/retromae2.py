@@ -168,7 +168,8 @@ class Retromae2(TrainedSystem):
     def read(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Ids [B, T] of texts, which are tokens, and the number of each one's word (else -1)."""
         limit = self.settings.max_length
-        rows = self.tokenizer.backend_tokenizer.encode_batch_fast([t or " " for t in texts])
+        # encode_batch_fast does not say which word a token belongs to
+        rows = self.tokenizer.backend_tokenizer.encode_batch([t or " " for t in texts])
         ids = [torch.tensor(row.ids[:limit]) for row in rows]
         words = [torch.tensor([-1 if w is None else w for w in r.word_ids[:limit]]) for r in rows]
         padded = nn.utils.rnn.pad_sequence(ids, batch_first=True)
