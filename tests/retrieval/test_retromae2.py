@@ -14,7 +14,7 @@ from isthmus.errors import BrokenFileError, InvalidInputError, MismatchError
 from isthmus.indexes.collection import Collection
 from isthmus.indexes.fusion import fuse
 from isthmus.indexes.sparse import SparseIndex, bag
-from isthmus.models.duplex_encoder import corrupted
+from isthmus.models.duplex_encoder import corrupted, halves
 from isthmus.models.embedder import Embedder
 from isthmus.systems.retrieval.retromae2 import ARMS, TINY, Retromae2
 from isthmus.training.data import Data, Pair
@@ -102,6 +102,60 @@ def test_whole_words_are_hidden_and_the_first_token_never() -> None:
     assert float(hidden[:, 3].float().mean()) == pytest.approx(0.3, abs=0.08)
     assert (batch["shown"][hidden] == 1).all()
     assert torch.equal(batch["shown"][~hidden], ids[~hidden])
+
+
+def test_a_batch_of_pretraining_hides_whole_words_of_real_texts() -> None:
+    learner = _new("mlm").learner(DATA, PLAN)
+    ids, present, words = learner.system.read(learner.texts)
+    assert torch.equal(words >= 0, present & (torch.arange(ids.shape[1]) > 0))
+    batches = [learner.batch(part) for part in range(TINY.pretrain_steps)]
+    share = sum(int(b["hidden"].sum()) for b in batches) / sum(
+        int(b["present"][:, 1:].sum()) for b in batches
+    )
+    assert share == pytest.approx(0.3, abs=0.1)
+    loss = learner.loss(batches[0])
+    assert float(loss.sums["encoder"]) > 0 and loss.total.requires_grad
+
+
+def test_the_sparse_half_keeps_the_largest_scores_at_any_level() -> None:
+    scores = torch.tensor([[-9.0, -4.0, -7.0, -8.0]])
+    kept = halves(scores, 2)
+    assert (kept > 0).tolist() == [[False, True, True, False]]
+    torch.testing.assert_close(halves(scores + 30, 2), kept)
+    torch.testing.assert_close(kept.norm(), torch.tensor(1.0))
+    torch.testing.assert_close(halves(torch.tensor([[3.0, -1.0]]), 2), torch.tensor([[1.0, 0.0]]))
+
+
+def test_tuning_begins_with_directions_of_equal_strength() -> None:
+    system = _new("v1")
+    learner = system.learner(DATA, PLAN)
+    ids, present, _ = system.read(learner.texts)
+
+    def dense() -> torch.Tensor:
+        made: torch.Tensor = system.module.dense(system.module.states(ids, present)[:, 0])
+        return made.detach()
+
+    raw = [dense()]
+    learner.batch(TINY.pretrain_steps - 1)
+    raw.append(dense())
+    learner.batch(TINY.pretrain_steps)
+    raw.append(dense())
+    assert torch.equal(raw[0], raw[1])
+    alike = [float(torch.nn.functional.normalize(r, dim=-1).mean(0).norm()) for r in raw]
+    assert alike[0] > 0.9 and alike[2] < 0.6
+    before = system.module.dense.linear.weight.clone()
+    learner.batch(TINY.pretrain_steps)  # as after an interrupt: from the same states the same
+    torch.testing.assert_close(system.module.dense.linear.weight, before)
+    learner.batch(TINY.pretrain_steps + 1)
+    torch.testing.assert_close(system.module.dense.linear.weight, before)
+
+
+def test_the_head_begins_with_the_law_of_single_words() -> None:
+    system = _new("duplex")
+    ids, present, _ = system.read([text for pair in DATA.train for text in pair])
+    law = system.module.common.softmax(0)
+    seen = ids[present].bincount(minlength=len(law)).float()
+    torch.testing.assert_close(law, (seen + 1) / (seen + 1).sum())
 
 
 def test_a_score_is_the_sum_of_both_products(system: Retromae2) -> None:

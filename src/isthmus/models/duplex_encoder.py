@@ -7,7 +7,7 @@
 
 After Xiao et al., "RetroMAE v2", 2022 (arXiv 2211.08769).
 
->>> halves(torch.tensor([[0.0, 3.0, -5.0]]))  # one word alone is above zero
+>>> halves(torch.tensor([[0.0, 3.0, -5.0]]), terms=1)
 tensor([[0., 1., 0.]])
 """
 
@@ -29,8 +29,17 @@ from isthmus.models.embedder import Dense
 Search = Literal["both", "dense", "sparse"]
 
 
-def halves(scores: torch.Tensor) -> torch.Tensor:
-    """Scores u [B, V] as the sparse half: ``log(1 + u)`` of what is positive, length 1."""
+def halves(scores: torch.Tensor, terms: int) -> torch.Tensor:
+    """Scores u [B, V] as the sparse half: ``log(1 + u)`` of the largest ones, length 1.
+
+    What they are trained by, a softmax, leaves their level open: zero is the first one left out.
+
+    Args:
+        scores: u.
+        terms: How many are kept.
+    """
+    if terms < scores.shape[1]:
+        scores = scores - scores.detach().topk(terms + 1).values[:, -1:]
     return F.normalize(scores.clamp(min=0).log1p(), dim=-1)
 
 
@@ -78,6 +87,7 @@ class DuplexEncoder(nn.Module):
     Args:
         vocab_size: Tokens V; id 0 pads.
         dimension: Numbers E of the dense half.
+        terms: Largest values of the sparse half that are kept.
         hidden_size: Width D.
         num_layers: Layers.
         num_heads: Attention heads.
@@ -95,6 +105,7 @@ class DuplexEncoder(nn.Module):
         vocab_size: int,
         *,
         dimension: int,
+        terms: int = 384,
         hidden_size: int = 768,
         num_layers: int = 12,
         num_heads: int = 12,
@@ -106,7 +117,8 @@ class DuplexEncoder(nn.Module):
         super().__init__()
         if search not in get_args(Search):
             raise InvalidInputError(f"search must be both, dense or sparse, got {search!r}")
-        self.rebuilds, self.bag, self.search, width = decoder, bag, search, hidden_size
+        self.rebuilds, self.bag, self.search, self.terms = decoder, bag, search, terms
+        width = hidden_size
         self.lm: Any = transformers.BertForMaskedLM(
             transformers.BertConfig(
                 vocab_size=vocab_size,
@@ -118,10 +130,50 @@ class DuplexEncoder(nn.Module):
                 hidden_dropout_prob=0.0,
                 attention_probs_dropout_prob=0.0,
                 pad_token_id=0,
+                # 0.02 is for 768: narrower, the first token would hardly hear the others
+                initializer_range=0.02 * (768 / width) ** 0.5,
             )
         )
         self.decoder = EnhancedDecoder(width, num_heads)
         self.dense = Dense(width, dimension, bias=False)
+
+    @property
+    def common(self) -> torch.Tensor:
+        """Score [V] that a word has in any text: the bias of the head."""
+        bias: torch.Tensor = self.lm.cls.predictions.decoder.bias
+        return bias
+
+    def begin(self, ids: torch.Tensor) -> None:
+        """Begin with the law of single words, which is then not to be learnt by all layers.
+
+        Args:
+            ids: Tokens of texts, int64 [N].
+        """
+        counts = ids.bincount(minlength=len(self.common)).double() + 1
+        self.common.data.copy_((counts / counts.sum()).log())
+
+    @torch.no_grad()
+    def whiten(
+        self, texts: Sequence[str], read: Callable[[Sequence[str]], tuple[torch.Tensor, ...]]
+    ) -> None:
+        """Let the dense half begin with the main directions of the first token, each alike strong.
+
+        A few directions that most texts share would else decide all scores, and tuning would first
+        learn to be rid of them and of what tells texts apart.
+
+        Args:
+            texts: Some texts, more than there are directions.
+            read: Ids [B, T] of texts, and which are no padding.
+        """
+        weight = self.dense.linear.weight
+        parts = [read(texts[i : i + 100])[:2] for i in range(0, len(texts), 100)]
+        states = [self.states(*(x.to(weight.device) for x in part))[:, 0] for part in parts]
+        first = torch.cat(states).double()
+        values, vectors = torch.linalg.eigh(first.T @ first / len(first))
+        values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+        # what hardly varies is noise, which must not be made loud
+        rows = (vectors / (values + 1e-5 * values.sum()).sqrt()).T[: len(weight)]
+        weight.copy_(rows * (len(weight) ** 0.5 / rows.norm()))
 
     def states(self, ids: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
         """States [B, T, D] of tokens [B, T]."""
@@ -139,7 +191,7 @@ class DuplexEncoder(nn.Module):
         if which != "dense":
             counted = present.clone()
             counted[:, 0] = False
-            sparse = halves(word_scores(states, counted, self.lm.cls))
+            sparse = halves(word_scores(states, counted, self.lm.cls) - self.common, self.terms)
         return dense, sparse
 
     @torch.no_grad()
@@ -148,7 +200,6 @@ class DuplexEncoder(nn.Module):
         texts: Sequence[str],
         read: Callable[[Sequence[str]], tuple[torch.Tensor, ...]],
         *,
-        terms: int,
         size: int = 64,
     ) -> tuple[np.ndarray[Any, Any], list[dict[str, float]]]:
         """Dense halves [N, E], and sparse halves as bags for an index of weights.
@@ -156,7 +207,6 @@ class DuplexEncoder(nn.Module):
         Args:
             texts: Texts; those of like lengths are read together.
             read: Ids [B, T] of texts, and which are no padding.
-            terms: Largest values of a sparse half that are kept, by token.
             size: Texts at a time.
 
         Returns:
@@ -173,7 +223,7 @@ class DuplexEncoder(nn.Module):
             if left.shape[1]:
                 dense[rows] = left.cpu().numpy()
             if right.shape[1]:
-                top = right.topk(min(terms, right.shape[1]))
+                top = right.topk(min(self.terms, right.shape[1]))
                 for i, *kept in zip(rows, top.values.tolist(), top.indices.tolist(), strict=True):
                     sparse[i] = {str(t): v for v, t in zip(*kept, strict=True) if v > 0}
         return dense, sparse

@@ -5,11 +5,11 @@ Paper: Xiao, Liu, Shao, Cao. RetroMAE v2: Duplex Masked Auto-Encoder For Pre-Tra
 Idea: Pretrain the first token to rebuild a text through a weak decoder, and the other tokens to
     predict its bag of words; search with both.
 Differs: Hidden tokens are all shown as the mask, where BERT's 80/10/10 is usual; places are
-    normalised before they become the decoder's queries. The sparse half is log(1 + u) of the
-    positive scores, and both halves have length 1, so that neither drowns the other. Tuning takes
-    negatives of the batch only: mined ones and distillation are left out. Pretraining and tuning
-    are one run, under one schedule of the learning rate. The small scale is two layers of width
-    128 and some half a million tokens, less than its family's protocol asks for.
+    normalised before they become the decoder's queries. The head's bias begins as the law of single
+    words and is no part of the sparse half, log(1 + u), u above the first word left out; both
+    halves have length 1. Tuning begins with a whitened dense half and takes negatives of the batch
+    only; mined ones and distillation are left out. The small scale is two layers of width 128, less
+    than its family's protocol, and w is 1 there: with 0.1 no bag is learnt so soon.
 
 >>> fuse([{"q": {"a": 0.5, "b": 0.25}}, {"q": {"a": 0.25, "b": 0.75}}])["q"]  # eq. 10
 {'a': 0.75, 'b': 1.0}
@@ -25,6 +25,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -100,8 +101,8 @@ class Settings:
 
 
 SMALL = Settings(
-    pretrain_steps=400, pretrain_batch=32, tune_batch=64, dimension=64, terms=64, hidden_size=128,
-    num_layers=2, num_heads=4, vocab_size=2000, max_length=48,
+    bag_weight=1.0, pretrain_steps=800, pretrain_batch=32, tune_batch=64, dimension=64, terms=64,
+    hidden_size=128, num_layers=2, num_heads=4, vocab_size=2000, max_length=48, temperature=0.1,
 )  # fmt: skip
 TINY = replace(
     SMALL, pretrain_steps=2, pretrain_batch=8, tune_batch=8, dimension=16, hidden_size=32,
@@ -126,7 +127,7 @@ class Retromae2(TrainedSystem):
         "test": TrainingScale(
             TINY, Plan(4, validate_every=4, learning_rate=1e-3), "workbench:docstrings"),
         "small": TrainingScale(
-            SMALL, Plan(470, schedule="linear", warmup_steps=20, validate_every=235),
+            SMALL, Plan(900, schedule="linear", warmup_steps=20, validate_every=450),
             "workbench:docstrings"),
         "paper": TrainingScale(
             Settings(), Plan(620_000, learning_rate=1e-4, schedule="linear", warmup_steps=6000),
@@ -136,7 +137,7 @@ class Retromae2(TrainedSystem):
     def __init__(self, settings: Settings, tokenizer: Any) -> None:
         super().__init__(settings)
         self.tokenizer = tokenizer
-        shape = ("dimension", "hidden_size", "num_layers", "num_heads", "max_length")
+        shape = ("dimension", "terms", "hidden_size", "num_layers", "num_heads", "max_length")
         self.module: Any = DuplexEncoder(
             len(tokenizer),
             **{name: getattr(settings, name) for name in (*shape, "decoder", "search")},
@@ -158,7 +159,8 @@ class Retromae2(TrainedSystem):
         tokenizer: Any = masking_tokenizer(texts, settings.vocab_size)
         tokenizer.model_max_length = settings.max_length
         system = cls(settings, tokenizer)
-        system.data = data
+        system.data, (ids, present, _) = data, system.read(texts[:10_000])
+        system.module.begin(ids[present])
         return system
 
     def learner(self, data: Data[Pair], plan: Plan) -> Duplex:
@@ -168,7 +170,8 @@ class Retromae2(TrainedSystem):
     def read(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Ids [B, T] of texts, which are tokens, and the number of each one's word (else -1)."""
         limit = self.settings.max_length
-        rows = self.tokenizer.backend_tokenizer.encode_batch_fast([t or " " for t in texts])
+        # encode_batch_fast does not say which word a token belongs to
+        rows = self.tokenizer.backend_tokenizer.encode_batch([t or " " for t in texts])
         ids = [torch.tensor(row.ids[:limit]) for row in rows]
         words = [torch.tensor([-1 if w is None else w for w in r.word_ids[:limit]]) for r in rows]
         padded = nn.utils.rnn.pad_sequence(ids, batch_first=True)
@@ -178,7 +181,7 @@ class Retromae2(TrainedSystem):
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray[Any, Any], list[dict[str, float]]]:
         """Dense halves [N, E], and sparse halves by token, their largest values kept."""
-        dense, sparse = self.module.encode(texts, self.read, terms=self.settings.terms)
+        dense, sparse = self.module.encode(texts, self.read)
         return dense, sparse
 
     def weigh(self, texts: Sequence[str], side: str = "document") -> list[dict[str, float]]:
@@ -226,10 +229,8 @@ class Retromae2(TrainedSystem):
         for weight in encoder.pooler.parameters():  # not used
             nn.init.zeros_(weight)
         encoder.to(next(self.module.parameters()).device)
-        return Embedder(
-            encoder.eval(), self.tokenizer, pooling="cls", dense=self.module.dense,
-            max_length=self.settings.max_length,
-        )  # fmt: skip
+        return Embedder(encoder.eval(), self.tokenizer, pooling="cls", dense=self.module.dense,
+                        max_length=self.settings.max_length)  # fmt: skip
 
     def write_files(self, folder: Path) -> None:
         """The folder of an embedding model, the other weights, both indexes and the documents."""
@@ -280,6 +281,8 @@ class Duplex:
         settings, tokenizer = self.system.settings, self.system.tokenizer
         late = part - settings.pretrain_steps
         if late >= 0:
+            if late < (dist.get_world_size() if dist.is_initialized() else 1):  # of every process
+                self.system.module.whiten(self.texts[:2000], self.system.read)
             pairs = [self.pairs[i] for i in self.samplers[1].rows(late)]
             sides = [[pair[side] for pair in pairs] for side in (0, 1)]
             found = {"excluded": same(sides[0], sides[0]) | same(sides[1], sides[1])}
@@ -288,12 +291,10 @@ class Duplex:
             return found
         rows = self.samplers[0].rows(part)
         return corrupted(
-            *self.system.read([self.texts[i] for i in rows]),
-            mask_id=tokenizer.mask_token_id,
-            encoder_rate=settings.encoder_rate,
-            decoder_rate=settings.decoder_rate,
+            *self.system.read([self.texts[i] for i in rows]), mask_id=tokenizer.mask_token_id,
+            encoder_rate=settings.encoder_rate, decoder_rate=settings.decoder_rate,
             generator=torch.Generator().manual_seed(self.seed * 1_000_003 + part),
-        )
+        )  # fmt: skip
 
     def loss(self, batch: dict[str, torch.Tensor]) -> Loss:
         """Pretraining: the three losses; tuning: every query chooses among the documents."""
@@ -331,8 +332,7 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
         scale: ``"test"`` is a few steps of a tiny encoder.
     """
     del ruler
-    small = scale != "test"
-    seeds = (0, 1, 2) if small else (0,)
+    seeds = (0,) if scale == "test" else (0, 1, 2)
     tests = {"text": codesearch.text("test"), "doc2code": codesearch.doc2code("test")}
     both = Data(codesearch.pairs("train"), codesearch.pairs("dev"), "docstrings")
     texts = Data(codesearch.text("train").pairs, codesearch.text("dev").pairs, "text")
@@ -345,10 +345,8 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
     means = {arm: {n: float(v.mean()) for n, v in values.items()} for arm, values in found.items()}
     joined = {arm: np.concatenate([found[arm][n] for n in tests]) for arm in ARMS}
     words = {name: codesearch.bm25(task) for name, task in tests.items()}
-    over, more, taught = (
-        paired_bootstrap(joined[a], joined[b])
-        for a, b in (("v1", "mlm"), ("duplex", "v1"), ("duplex", "off"))
-    )
+    compared = ("v1", "mlm"), ("duplex", "v1"), ("duplex", "off")
+    over, more, taught = (paired_bootstrap(joined[a], joined[b]) for a, b in compared)
     gates = (
         Gate("first token rebuilding over masks alone, MRR@10", over.mean, ">=", 0.02),
         Gate("both halves over the first token alone, MRR@10", more.mean, ">=", 0),
@@ -379,6 +377,8 @@ def claim(ruler: Ruler, scale: Scale = "small") -> Claim:
             "Baseline is masked tokens alone and the first token; off, the same and both halves. "
             "Equal pretraining batches for all, once each; seeds are those of tuning, one for the "
             "bag of words alone. Zero-shot: tuned on text, searched in code.",
+            "After a first look: words are really hidden (none had been); w, temperature, rate, "
+            "steps, level of u and how network and tuning begin were chosen on development data.",
             f"Standard library, digest {pycode.digest()[:12]}.",
         ),
         gates=gates, seeds=seeds,
@@ -395,6 +395,6 @@ def _tuned(arm: str, scale: Scale, data: Data[Pair], seed: int) -> Retromae2:
     system.settings = replace(settings, pretrain_steps=0)
     system.module.search = settings.search
     left = told.plan.steps - steps
-    plan = replace(told.plan, steps=left, validate_every=left, seed=seed)
+    plan = replace(told.plan, steps=left, validate_every=left, learning_rate=5e-4, seed=seed)
     Trainer(system.learner(data, plan), plan).run()
     return system
