@@ -49,34 +49,44 @@ def corrupted(
     words: torch.Tensor,
     *,
     mask_id: int,
+    vocab_size: int,
     encoder_rate: float = 0.3,
     decoder_rate: float = 0.5,
     generator: torch.Generator | None = None,
 ) -> dict[str, torch.Tensor]:
     """A batch of pretraining: whole words hidden from the encoder, places from the decoder.
 
+    Of ten hidden tokens eight are shown as the mask, one as any token and one as it is (Devlin et
+    al., "BERT", 2018, arXiv 1810.04805, section 3.1), so that shown tokens are learnt, too.
+
     Args:
         ids: Tokens [B, T].
         present: Which are no padding, bool [B, T].
         words: Number of the word that a token belongs to, int64 [B, T]; -1 is never hidden.
-        mask_id: What stands in place of a hidden token.
+        mask_id: The mask.
+        vocab_size: Tokens.
         encoder_rate: Share of words hidden.
         decoder_rate: See :func:`~isthmus.models.bottleneck.enhanced_mask`.
         generator: Source of the draws.
 
     Example:
         >>> batch = corrupted(torch.tensor([[5, 6, 7]]), torch.ones(1, 3, dtype=torch.bool),
-        ...                   torch.tensor([[-1, 0, 0]]), mask_id=1, encoder_rate=1.0)
-        >>> batch["shown"].tolist()
-        [[5, 1, 1]]
+        ...                   torch.tensor([[-1, 0, 0]]), mask_id=1, vocab_size=9, encoder_rate=1.0)
+        >>> batch["hidden"].tolist()
+        [[False, True, True]]
     """
     drawn = torch.rand(len(ids), int(words.max()) + 2, generator=generator)
     hidden = (drawn.gather(1, words + 1) < encoder_rate) & (words >= 0)
+    roll = torch.rand(ids.shape, generator=generator)
+    others = torch.randint(vocab_size, ids.shape, generator=generator)
+    shown = torch.where(hidden & (roll < 0.9), others, ids).masked_fill(
+        hidden & (roll < 0.8), mask_id
+    )
     return {
         "ids": ids,
         "present": present,
         "hidden": hidden,
-        "shown": ids.masked_fill(hidden, mask_id),
+        "shown": shown,
         "seen": enhanced_mask(present, decoder_rate, generator=generator),
     }
 

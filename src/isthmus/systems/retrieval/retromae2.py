@@ -4,12 +4,11 @@ Paper: Xiao, Liu, Shao, Cao. RetroMAE v2: Duplex Masked Auto-Encoder For Pre-Tra
     Retrieval-Oriented Language Models. 2022. arXiv:2211.08769
 Idea: Pretrain the first token to rebuild a text through a weak decoder, and the other tokens to
     predict its bag of words; search with both.
-Differs: Hidden tokens are all shown as the mask, where BERT's 80/10/10 is usual; places are
-    normalised before they become the decoder's queries. The head's bias begins as the law of single
-    words and is no part of the sparse half, log(1 + u), u above the first word left out; both
-    halves have length 1. Tuning begins with a whitened dense half and takes negatives of the batch
-    only; mined ones and distillation are left out. The small scale is two layers of width 128, less
-    than its family's protocol, and w is 1 there: with 0.1 no bag is learnt so soon.
+Differs: Places are normalised before they become the decoder's queries. The head's bias begins as
+    the law of single words and is no part of the sparse half, log(1 + u), u above the first word
+    left out; both halves have length 1. Tuning begins with a whitened dense half, with negatives of
+    the batch only; mined ones and distillation are left out. The small scale is two layers of width
+    128, and w is 1 there: with 0.1 no bag is learnt so soon.
 
 >>> fuse([{"q": {"a": 0.5, "b": 0.25}}, {"q": {"a": 0.25, "b": 0.75}}])["q"]  # eq. 10
 {'a': 0.75, 'b': 1.0}
@@ -44,6 +43,7 @@ from isthmus.roles import Loss
 from isthmus.training.buckets import BucketSampler
 from isthmus.training.data import Data, Pair
 from isthmus.training.loop import Plan, Trainer
+from isthmus.training.seeds import batch_generator
 from isthmus.training.system import Answer, TrainedSystem
 from isthmus.training.system import Scale as TrainingScale
 from isthmus.workbench import codesearch, pycode
@@ -292,8 +292,8 @@ class Duplex:
         rows = self.samplers[0].rows(part)
         return corrupted(
             *self.system.read([self.texts[i] for i in rows]), mask_id=tokenizer.mask_token_id,
-            encoder_rate=settings.encoder_rate, decoder_rate=settings.decoder_rate,
-            generator=torch.Generator().manual_seed(self.seed * 1_000_003 + part),
+            vocab_size=len(tokenizer), encoder_rate=settings.encoder_rate,
+            decoder_rate=settings.decoder_rate, generator=batch_generator(self.seed, part),
         )  # fmt: skip
 
     def loss(self, batch: dict[str, torch.Tensor]) -> Loss:

@@ -33,6 +33,7 @@ from isthmus.signals.audio import Waveform, fit, read, write
 from isthmus.signals.subtraction import spectral_subtraction
 from isthmus.training.data import Data, Noisy
 from isthmus.training.loop import Plan
+from isthmus.training.seeds import batch_generator
 from isthmus.training.system import Answer, Scale, TrainedSystem
 from isthmus.workbench.speech import lines, noisy
 from isthmus.workbench.trained import trained
@@ -106,7 +107,7 @@ class Learner:
     def batch(self, part: int) -> tuple[torch.Tensor, torch.Tensor, float]:
         """Noisy and clean [B, N], and the weight of the STFT terms."""
         s = self.settings
-        generator = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + part)
+        generator = batch_generator(self.plan.seed, part)
         rows = torch.randint(len(self.train), (s.batch_size,), generator=generator).tolist()
         cuts = []
         for row in rows:
@@ -175,7 +176,7 @@ class Denoiser(TrainedSystem):
                 max_hidden=64,
             ),
             Plan(
-                4000,
+                7000,
                 learning_rate=1e-2,
                 warmup_steps=80,
                 clip_norm=0.05,
@@ -233,7 +234,7 @@ class Denoiser(TrainedSystem):
         return Answer(text, record, lambda path: write(path, clean, clip=True))
 
 
-PLAIN_STEPS = 4900
+PLAIN_STEPS = 9300
 """Steps of the arm without STFT terms, which costs what the other does: see the claim's rows."""
 
 
@@ -312,8 +313,9 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
             "changed after a first look: H 12 and four levels with K 8 and S 4 gained 2.4 dB, H 32 "
             "to 64 then 6.6 dB; after that levels, kernels, batch, rate and clipping were chosen "
             "by short runs on other sentences in the same accents and kinds of noise; no text of "
-            "those, or of the validation, is judged on any more; signs of the gains became the "
-            "gates of direction after the first run",
+            "those, or of the validation, is judged on any more; 4,000 steps gained 7.7 dB, 3.4 dB "
+            "above subtraction, before these 7,000; signs of the gains became the gates of "
+            "direction after the first run",
         ),
     )
 
