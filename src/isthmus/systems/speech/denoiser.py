@@ -160,8 +160,8 @@ class Denoiser(TrainedSystem):
             "workbench:noisy-few",
         ),
         "small": Scale(
-            # two levels of long kernels: fine filters and an LSTM every 4 ms take far fewer steps
-            # to learn than four levels of short ones with an LSTM every 16 ms
+            # two levels of longer kernels learn more in equal time than four of short ones (6.1 dB
+            # gained in 45 s instead of 4.1)
             Settings(
                 64,
                 2,
