@@ -23,7 +23,7 @@ def batch_generator(seed: int, part: int, device: str | torch.device = "cpu") ->
 
     Args:
         seed: Of the training.
-        part: Number of the batch, from 0.
+        part: Number of the batch, from 0; a second kind of draws may count down from -1.
         device: Where it draws.
 
     Example:

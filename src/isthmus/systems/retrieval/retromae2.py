@@ -277,7 +277,7 @@ class Duplex:
         self.identity = named | {"data": data.fingerprint}
 
     def batch(self, part: int) -> dict[str, torch.Tensor]:
-        """Texts with their masks, or pairs; all follows from the number."""
+        """Texts with their masks, or pairs, by number; the first pairs whiten the dense half."""
         settings, tokenizer = self.system.settings, self.system.tokenizer
         late = part - settings.pretrain_steps
         if late >= 0:
