@@ -145,10 +145,10 @@ def test_mae_is_transformers_twin_and_its_files_load_there(norm, tmp_path):
         tmp_path / "ours", output_loading_info=True
     )
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    pictures, noise = torch.randn(3, 3, 36, 36), torch.rand(3, 36)
+    pictures, noise = torch.randn(3, 3, 32, 32), torch.rand(3, 64)
     wanted = theirs.eval()(pictures, noise=noise)
     torch.testing.assert_close(loss_of(ours, pictures, noise), wanted.loss)
-    mask = mask_by_noise(noise, 9)
+    mask = mask_by_noise(noise, 16)
     torch.testing.assert_close(ours.module(pictures, mask), wanted.logits)
     assert torch.equal(mask.is_dropped, wanted.mask.bool())
     theirs.save_pretrained(tmp_path / "theirs")
@@ -169,9 +169,9 @@ def test_only_hidden_patches_teach():
     loss = learner.loss(learner.batch(0))
     loss.total.backward()
     taught = held[0].grad.abs().sum(-1) > 0
-    assert taught.sum(1).tolist() == [27] * 8 and loss.weight == 8 * 27
+    assert taught.sum(1).tolist() == [48] * 8 and loss.weight == 8 * 48
     plain = Mae(replace(SMALL, mask_ratio=0.0))
-    assert plain.learner(Data(scenes, scenes), Plan(1)).loss(learner.batch(0)).weight == 8 * 36
+    assert plain.learner(Data(scenes, scenes), Plan(1)).loss(learner.batch(0)).weight == 8 * 64
     assert mae.Settings().patches == 196 and mae.Settings().kept == 49
     with pytest.raises(InvalidInputError, match="mask_ratio"):
         replace(SMALL, mask_ratio=1.0)
@@ -192,7 +192,7 @@ def test_mae_learns_and_paints(tmp_path, capsys):
     code, said, _ = call(
         capsys, "run", str(out), str(tmp_path / "in" / "03.png"), "-o", str(painted)
     )
-    assert code == 0 and "12 of 16 patches painted" in said and "borrow" not in said
+    assert code == 0 and "27 of 36 patches painted" in said and "borrow" not in said
     shown = read_image(painted)
     assert shown.shape == (3, 24, 72)
     true, _, ours = (shown[:, :, i : i + 24].float() for i in (0, 24, 48))
@@ -204,7 +204,7 @@ def test_mae_learns_and_paints(tmp_path, capsys):
 def test_a_picture_that_borrows_the_true_brightness_says_so(tmp_path):
     write_image(tmp_path / "x.png", masked_scenes(1)[0].picture())
     answer = Mae(SMALL).run(str(tmp_path / "x.png"))
-    assert "borrow" in answer.text and answer.record["hidden"] == 27
+    assert "borrow" in answer.text and answer.record["hidden"] == 48
 
 
 def test_the_seed_decides_what_is_learnt():

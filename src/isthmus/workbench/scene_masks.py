@@ -12,7 +12,7 @@ import colorsys
 import functools
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,6 @@ class Spec:
         shading: Whether ground and shapes are shaded.
         hue: Standard deviation of a shape's hue around that of its kind, in turns; kinds are an
             eighth of a turn apart.
-        turn: Most of a full turn by which a shape is turned.
     """
 
     side: int
@@ -49,7 +48,6 @@ class Spec:
     thin: float
     shading: bool
     hue: float
-    turn: float = field(default=1.0, repr=False)  # repr is the seed, and scenes are to stay
 
 
 SEGMENTS = Spec(
@@ -58,17 +56,10 @@ SEGMENTS = Spec(
 """Scenes of several shapes, for segmentation."""
 
 NAMED = Spec(
-    side=36,
-    shapes=(1, 1),
-    radius=(0.38, 0.46),
-    noise=12.0,
-    thin=0.0,
-    shading=False,
-    hue=1.0,
-    turn=0.1,
+    side=32, shapes=(1, 1), radius=(0.38, 0.46), noise=36.0, thin=0.0, shading=False, hue=1.0
 )
-"""Scenes of one shape that fills most of the ground, nearly upright, for classification: what is
-hidden follows from what is seen, once the kind of shape is known, but for the grain."""
+"""Scenes of one shape that fills most of the ground, for classification: what is hidden follows
+from what is seen, once the kind of shape is known, but for much grain, which nothing foretells."""
 
 
 def _circle(x: Plane, y: Plane, r: float) -> Any:
@@ -181,7 +172,7 @@ def masked_scenes(count: int, split: Split = "train", spec: Spec = SEGMENTS) -> 
 
 
 def named_scenes(count: int, split: Split = "train") -> tuple[Tensor, Tensor]:
-    """Pictures of one shape each, uint8 [B, 3, 36, 36], and its number among the shapes [B]."""
+    """Pictures of one shape each, uint8 [B, 3, 32, 32], and its number among the shapes [B]."""
     scenes = masked_scenes(count, split, NAMED)
     return torch.stack([s.picture() for s in scenes]), torch.tensor([s.name - 1 for s in scenes])
 
@@ -201,7 +192,7 @@ def _drawn(scene: MaskedScene) -> tuple[Tensor, Tensor]:
     for kind in kinds:
         r = side * rng.uniform(*spec.radius)
         cx, cy = rng.uniform(0.8 * r, side - 0.8 * r, 2)
-        turn, shade = rng.uniform(0, 2 * np.pi * spec.turn), rng.uniform(-0.2, 0.2) * spec.shading
+        turn, shade = rng.uniform(0, 2 * np.pi), rng.uniform(-0.2, 0.2) * spec.shading
         colour = _colour(kind, spec.hue, rng)
         x0, x1 = max(0, int(cx - r - 1)), min(side, int(cx + r + 2))
         y0, y1 = max(0, int(cy - r - 1)), min(side, int(cy + r + 2))
