@@ -22,6 +22,7 @@ from isthmus.signals import jpeg
 from isthmus.systems.compression.jpeg_lm import JpegLm
 from isthmus.testing import check_codec
 from isthmus.training.data import Data
+from isthmus.training.loop import Plan
 from isthmus.training.system import train
 from isthmus.workbench.completion_trials import marked_share
 from isthmus.workbench.scenes import sheets
@@ -193,3 +194,15 @@ def test_marks_are_found_in_files_too(system: JpegLm) -> None:
     assert marked_share(again) == 1.0
     bare = torch.stack([s.picture() for s in sheets(20)])
     assert marked_share(bare) == 0.0
+
+
+def test_batches_hold_pictures_of_like_lengths_and_each_is_a_function_of_its_number(
+    system: JpegLm,
+) -> None:
+    data = Data(sheets(600), FEW.valid, "more")
+    one, two = (system.learner(data, Plan(1)) for _ in range(2))
+    batches = [one.batch(part) for part in range(32)]
+    waste = [float((batch < 0).float().mean()) for batch in batches]
+    assert float(np.mean(waste)) < 0.15  # 0.4 where pictures are drawn at random
+    assert all(torch.equal(two.batch(part), batches[part]) for part in (17, 3, 31))
+    assert len({int((batch >= 0).sum()) for batch in batches}) > 20

@@ -1,11 +1,13 @@
 """Conformers: against transformers' Parakeet, and deaf to padding."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import ParakeetEncoder, ParakeetEncoderConfig
 
 from isthmus.errors import InvalidInputError, UnknownNameError
-from isthmus.nn.conformer import Conformer, from_parakeet
+from isthmus.nn.conformer import Conformer, from_parakeet, relative_positions
 
 FRAMES = torch.tensor([90, 41, 3])
 
@@ -47,6 +49,16 @@ def test_weights_of_parakeet_load_and_give_the_same() -> None:
     assert lengths.tolist() == wanted.attention_mask.sum(1).tolist() == [12, 6, 1]
     for b, length in enumerate(lengths.tolist()):
         torch.testing.assert_close(found[b, :length], wanted.last_hidden_state[b, :length])
+
+
+@torch.no_grad()
+def test_a_block_that_passes_on_is_its_last_norm() -> None:
+    block: Any = ours().layers[0]
+    x = torch.randn(2, 5, 24)
+    told = relative_positions(5, 24, x), torch.ones(5, 5) > 0, torch.ones(2, 5) > 0
+    assert not torch.allclose(block(x, *told), block.norm_out(x), atol=0.1)
+    block.pass_on()
+    torch.testing.assert_close(block(x, *told), block.norm_out(x))
 
 
 @torch.no_grad()

@@ -122,10 +122,14 @@ class JpegTokens:
         """What tokens show, uint8 [3, side, side], and where and why they break, if they do."""
         scan = self.scan(ids)
         found = jpeg.read(self.form, scan)
-        data = io.BytesIO(jpeg.mend(self.form, scan))
-        values = np.array(require("PIL.Image", "codec").open(data).convert("RGB"))
         said = f"breaks at byte {found.at} of {len(scan)}: {found.why}" if not found.whole else ""
-        return torch.from_numpy(values).permute(2, 0, 1), said
+        return self.shown(jpeg.mend(self.form, scan)), said
+
+    @staticmethod
+    def shown(data: bytes) -> Tensor:
+        """What a file shows, uint8 [3, H, W]."""
+        image = require("PIL.Image", "codec").open(io.BytesIO(data)).convert("RGB")
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 class VqTokens(nn.Module):

@@ -277,6 +277,13 @@ class ConformerBlock(nn.Module):
         self.norm_conv, self.norm_feed_forward2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.norm_out = nn.LayerNorm(width)
 
+    def pass_on(self) -> None:
+        """Let nothing leave the parts: on top of blocks that have learnt, it spoils nothing."""
+        ends = self.feed_forward1.out_proj, self.self_attn.o_proj, self.feed_forward2.out_proj
+        for last in (*ends, self.conv.pointwise_conv2):
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)  # type: ignore[arg-type]
+
     def forward(
         self,
         x: torch.Tensor,

@@ -20,6 +20,8 @@ from isthmus.training.pictures import drawn
 END, IGNORED = 0, -100
 JUDGED = 128
 """Held-out pictures that validation reads."""
+POOL = 16
+"""Batches that share a draw, in which pictures of like lengths lie together."""
 
 
 class TokenLearner:
@@ -54,6 +56,7 @@ class TokenLearner:
         self.batch_size, self.context, self.seed = batch_size, context, seed
         self.identity = {"settings": dict(settings), "data": data.fingerprint}
         self.valid = [self._whole(r) for r in data.valid[:JUDGED]]
+        self._pool: tuple[int, list[Tensor]] = (-1, [])
 
     def _whole(self, record: Pictured) -> Tensor:
         """Ids [T] between two ends."""
@@ -66,9 +69,14 @@ class TokenLearner:
         return torch.tensor(found)
 
     def batch(self, part: int) -> Tensor:
-        """Ids [B, T]; padding is -100."""
-        records = drawn(self.data.train, self.batch_size, part, self.seed)
-        return _padded([self._whole(r) for r in records])
+        """Ids [B, T] of pictures of like lengths; padding is -100."""
+        pool, place = divmod(part, POOL)
+        if self._pool[0] != pool:
+            records = drawn(self.data.train, POOL * self.batch_size, pool, self.seed)
+            self._pool = pool, sorted((self._whole(r) for r in records), key=len)
+        rng = np.random.default_rng([self.seed, pool])
+        start = int(rng.permutation(POOL)[place]) * self.batch_size
+        return _padded(self._pool[1][start : start + self.batch_size])
 
     def loss(self, batch: Tensor) -> Loss:
         """Nats of all tokens."""

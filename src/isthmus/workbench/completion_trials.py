@@ -14,29 +14,40 @@ from torch.nn import functional as F
 from isthmus.codecs.base import pack, unpack
 from isthmus.metrics.images import frechet_distance
 from isthmus.models.picture_classifier import PictureClassifier
+from isthmus.models.picture_tokens import JpegTokens
 from isthmus.roles import Codec, Signal
 from isthmus.workbench import scenes
 
 
-def scene_judge(records: Sequence[scenes.Sheet], steps: int) -> PictureClassifier:
-    """A classifier of what lies in each quarter; its class token is the feature.
+def scene_judge(
+    records: Sequence[scenes.Sheet], files: JpegTokens, steps: int
+) -> PictureClassifier:
+    """A classifier of what lies in each quarter; its probabilities are the features.
+
+    It learns from pictures as they are and from their files, as classifiers of photographs learn
+    from JPEG files, so what JPEG does to a picture does not surprise it.
 
     Args:
         records: What it learns from.
+        files: Makes the files.
         steps: Steps, of 32 pictures each.
     """
     names = [f"{name} {q}" for q in range(4) for name in (*scenes.COLOURS, *scenes.SHAPES)]
-    eye = PictureClassifier(names, width=64, layers=2, heads=4, patch=4, side=32)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        eye = PictureClassifier(names, width=64, layers=2, heads=4, patch=4, side=32)
     truth = torch.zeros(len(records), len(names))
     for row, record in zip(truth, records, strict=True):
         for thing in record.scene:
             row[names.index(f"{thing.colour} {thing.place}")] = 1
             row[names.index(f"{thing.shape} {thing.place}")] = 1
-    pixels = torch.stack([r.picture() for r in records]).float() / 127.5 - 1
+    plain = [r.picture() for r in records]
+    pixels = torch.stack([*plain, *(files.shown(files.file(p)) for p in plain)])
     optimizer, rng = torch.optim.AdamW(eye.parameters(), lr=2e-3), np.random.default_rng(0)
     for _ in range(steps):
-        at = rng.integers(len(records), size=32)
-        loss = F.binary_cross_entropy_with_logits(eye(pixels[at]).logits, truth[at])
+        at = rng.integers(len(pixels), size=32)
+        logits = eye(pixels[at].float() / 127.5 - 1).logits
+        loss = F.binary_cross_entropy_with_logits(logits, truth[at % len(records)])
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -89,8 +100,8 @@ def completion(
 
     def features(pictures: Tensor) -> Tensor:
         with torch.no_grad():
-            found: Tensor = eye.encoder(pictures.float() / 127.5 - 1)[:, 0]
-        return found
+            some = torch.split(pictures.float() / 127.5 - 1, 256)
+            return torch.cat([eye(part).logits.sigmoid() for part in some])
 
     def back(pictures: Tensor) -> Tensor:
         return torch.stack([tokens.picture(tokens.ids(p))[0] for p in pictures])

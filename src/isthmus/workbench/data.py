@@ -68,25 +68,31 @@ def _spoken(kind: str, count: int = 3000, held_out: int = 200) -> Data[Spoken]:
     return Data(spoken("train", count), spoken("held-out", held_out))
 
 
+def series(split: speech.Split, count: int, seed: int = 1) -> list[Spoken]:
+    """Numbers read one after another, each by a voice of its own: 1 to 4, few more often.
+
+    Args:
+        split: ``train``, ``held-out`` (other numbers) or ``accent``.
+        count: How many series.
+        seed: Other seeds draw others.
+    """
+    draw = random.Random(f"series/{split}" + (f"/{seed}" if seed != 1 else ""))
+    sizes = draw.choices(range(1, 5), [1 / k for k in range(1, 5)], k=count)
+    heard = iter(speech.corpus("numbers", split, sum(sizes), seed=seed))
+    found = []
+    for size in sizes:
+        each = [next(heard) for _ in range(size)]
+        parts = [each[0].samples]
+        for utterance in each[1:]:
+            pause = torch.zeros(int(draw.uniform(0.1, 0.4) * speech.RATE))
+            parts += [pause, utterance.samples]
+        text = ", ".join(u.line.target for u in each)
+        found.append(Spoken(Recording(samples=torch.cat(parts)), text))
+    return found
+
+
 def _series(count: int = 3000, held_out: int = 300) -> Data[Spoken]:
-    """Numbers read one after another, each by a voice of its own: 1 to 4, few more often."""
-
-    def spoken(split: speech.Split, number: int) -> list[Spoken]:
-        draw = random.Random(f"series/{split}")
-        sizes = draw.choices(range(1, 5), [1 / k for k in range(1, 5)], k=number)
-        heard = iter(speech.corpus("numbers", split, sum(sizes), seed=1))
-        found = []
-        for size in sizes:
-            each = [next(heard) for _ in range(size)]
-            parts = [each[0].samples]
-            for utterance in each[1:]:
-                pause = torch.zeros(int(draw.uniform(0.1, 0.4) * speech.RATE))
-                parts += [pause, utterance.samples]
-            text = ", ".join(u.line.target for u in each)
-            found.append(Spoken(Recording(samples=torch.cat(parts)), text))
-        return found
-
-    return Data(spoken("train", count), spoken("held-out", held_out))
+    return Data(series("train", count), series("held-out", held_out))
 
 
 def _translated(kind: str, count: int, held_out: int) -> Data[Translated]:

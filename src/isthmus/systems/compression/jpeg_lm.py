@@ -4,7 +4,7 @@ Paper: X. Han, M. Ghazvininejad, P. W. Koh, Y. Tsvetkov, "JPEG-LM: LLMs as Image
     Canonical Codec Representations", 2024, arXiv:2408.08459
 Idea: A JPEG file is the sequence: a Llama without any part for vision learns its bytes, completes
     pictures from their first rows, and with range coding makes the files smaller, exactly.
-Differs: Pictures of 32 pixels and a Llama of under a million weights at the scale small, where a
+Differs: Pictures of 32 pixels and a Llama of 0.4 million weights at the scale small, where a
     restart marker closes each unit (``restart=1``; the paper, and the scale ``paper``, has none):
     the bytes of a unit then begin at a byte. AVC-LM is left out. The coding of files is ours.
 
@@ -73,7 +73,7 @@ class Settings:
         batch_size: Pictures of a batch.
         vq_steps: Steps that the VQ-VAE learns before the Llama.
         top_p: Of the law, what sampling keeps.
-        top_k: Likewise.
+        top_k: Likewise; 0 keeps all.
     """
 
     side: int = 256
@@ -92,10 +92,10 @@ class Settings:
     top_k: int = 40
 
 
-_SMALL = Settings(32, 25, 1, "jpeg", 320, 128, 352, 4, 4, 512, 16)
+_SMALL = Settings(32, 25, 1, "jpeg", 320, 96, 264, 3, 4, 512, 16, top_p=1.0, top_k=0)
 _TEST = replace(_SMALL, hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2)
 _ADAM: dict[str, Any] = {"betas": (0.9, 0.98), "weight_decay": 0.01}
-_PLAN = Plan(600, learning_rate=4e-3, warmup_steps=20, validate_every=150, **_ADAM)
+_PLAN = Plan(4_000, learning_rate=4e-3, warmup_steps=50, validate_every=1_000, **_ADAM)
 
 
 class JpegLm(TrainedCodec):
@@ -313,13 +313,12 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
     del ruler
     size = "test" if scale == "test" else "small"
     told, small = JpegLm.scales[size], size == "small"
-    count, coded, rare = (256, 24, 128) if small else (8, 2, 4)
-    judged = scenes.sheets(count + coded, "held-out", seed="judged")
+    count, coded, rare = (1_024, 24, 256) if small else (8, 2, 4)
+    judged = scenes.sheets(count + coded, "held-out", seed="judge")
     truth = torch.stack([r.picture() for r in judged[:count]])
     marked = torch.stack([replace(r, marked=True).picture() for r in judged[:rare]])
-    learnt = scenes.sheets(8_000, rare=0.02)[: 8_000 if small else 64]
-    eye = scene_judge(learnt, 800 if small else 2)
-
+    plain = JpegTokens(told.settings.side, told.settings.quality)
+    eye = scene_judge(scenes.sheets(8_000 if small else 64, rare=0.02), plain, 800 if small else 2)
     at: dict[str, dict[str, float]] = {}
     arms: dict[str, Any] = {}
     for arm in ("jpeg", "vq"):
@@ -327,7 +326,6 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
         arms[arm] = JpegLm.from_pretrained(trained(JpegLm, size, settings=settings))
         at[arm] = completion(arms[arm], truth, marked, eye)
     ours, files, other = arms["jpeg"], arms["jpeg"].tokens, arms["vq"].tokens
-    plain = JpegTokens(told.settings.side, told.settings.quality)
     rest = [r.picture() for r in judged[count : count + coded]]
     given, bare = [files.file(p) for p in rest], [plain.file(p) for p in rest]
     exact, payload, whole = coded_files(ours, given)
@@ -393,7 +391,10 @@ def claim(ruler: Ruler, scale: ClaimScale = "small") -> Claim:
             f"{weights[0]:.2f} and {weights[1]:.2f} million weights, "
             f"{told.plan.steps} steps of {told.settings.batch_size} pictures each; a held-out one "
             f"costs {spent_bits[0]:.0f} and {spent_bits[1]:.0f} bits (JPEG, VQ).",
-            "Shapes lie in the middle of their quarters, and a restart marker closes each unit.",
+            "Shapes lie in the middle of their quarters; a restart marker closes each. Changed "
+            "after first looks: a smaller Llama, more steps, the whole law (the cut one lost every "
+            "third shape of JPEG), a judge that knows JPEG. In flat scenes even 16 codes that "
+            "learnt them have a fifth of the squared error of JPEG at quality 25.",
             "No JPEG XL coder is installed here, so its transcoding could not be measured beside.",
         ),
     )
