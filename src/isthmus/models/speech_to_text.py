@@ -56,13 +56,17 @@ class SpeechToText(nn.Module):
         self.ctc = nn.Linear(width, heard or vocab)
         self.end = vocab - 1
 
+    def hear(self, features: torch.Tensor, frames: torch.Tensor) -> tuple[Memory, torch.Tensor]:
+        """States, and valid frames [B]."""
+        x, lengths = self.encoder(features, frames)
+        return Memory(x, valid_mask(lengths, x.shape[1])), lengths
+
     def encode(
         self, features: torch.Tensor, frames: torch.Tensor
     ) -> tuple[Memory, torch.Tensor, torch.Tensor]:
         """States, log-probabilities [B, T, V] of CTC, and valid frames [B]."""
-        x, lengths = self.encoder(features, frames)
-        memory = Memory(x, valid_mask(lengths, x.shape[1]))
-        return memory, self.ctc(x).log_softmax(-1), lengths
+        memory, lengths = self.hear(features, frames)
+        return memory, self.ctc(memory.states).log_softmax(-1), lengths
 
     def forward(
         self, features: torch.Tensor, frames: torch.Tensor, target: torch.Tensor
@@ -71,7 +75,7 @@ class SpeechToText(nn.Module):
         memory, log_probs, lengths = self.encode(features, frames)
         return self.text.decode(target, memory), log_probs, lengths
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def write(
         self, features: torch.Tensor, frames: torch.Tensor, begin: torch.Tensor, longest: int = 24
     ) -> list[list[int]]:
@@ -83,16 +87,14 @@ class SpeechToText(nn.Module):
             begin: Tokens that each text begins with, int64 [B, P]; the first is 0.
             longest: Tokens at most, besides those.
         """
-        memory = self.encode(features, frames)[0]
-        done = torch.zeros(len(begin), dtype=torch.bool)
-        text = new = begin
-        written = self.text.begin()
+        memory = self.hear(features, frames)[0]
+        done = torch.zeros(len(begin), 1, dtype=torch.bool)
+        new, text, written = begin, [], self.text.begin()
         for _ in range(longest):
-            token = self.text.decode(new, memory, written=written)[:, -1].argmax(-1)
-            text = torch.cat([text, token.masked_fill(done, self.end)[:, None]], 1)
-            new = text[:, -1:]
-            done |= token == self.end
+            new = self.text.decode(new, memory, written=written)[:, -1:].argmax(-1)
+            text.append(new)
+            done |= new == self.end
             if done.all():
                 break
-        rows = text[:, begin.shape[1] :].tolist()
+        rows = torch.cat(text, 1).tolist()  # what a row has behind its end is no text
         return [row[: row.index(self.end)] if self.end in row else row for row in rows]

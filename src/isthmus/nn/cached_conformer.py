@@ -108,7 +108,7 @@ class CachedConformer:
             if not isinstance(block, ConformerBlock):
                 raise InvalidInputError("only blocks of a conformer have caches")
             attended = like.new_zeros(batch, self.left, self.encoder.width)
-            convolved = like.new_zeros(batch, self.encoder.width, block.conv.before)
+            convolved = like.new_zeros(batch, block.conv.before, self.encoder.width)
             caches.append(Cache(attended, convolved))
         return Stream(
             torch.zeros(batch, 0), 0, like.new_zeros(batch, self.mel.n_mels, 0), 0, 0,
