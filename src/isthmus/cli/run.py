@@ -30,13 +30,13 @@ def run(
         json: Print one JSON object and nothing else on standard output.
     """
     quiet_transformers()
-    from isthmus import registry
+    from isthmus.codecs.base import trainable
     from isthmus.training.system import TrainedSystem, read_config
 
     folder = Path(system)
     if not folder.is_dir():
-        folder = _trained(registry.load(system), system)
-    kind: Any = registry.load(read_config(folder)["system"])
+        folder = _trained(trainable(system), system)
+    kind: Any = trainable(read_config(folder)["system"])
     if not issubclass(kind, TrainedSystem):
         raise InvalidInputError(
             f"{folder} holds a drafter; use it with: isthmus generate --drafter {folder}"

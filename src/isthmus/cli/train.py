@@ -64,11 +64,12 @@ def train(
     """
     quiet_transformers()
     from isthmus import registry
+    from isthmus.codecs.base import trainable
     from isthmus.decoding.trained import TrainedDrafter
     from isthmus.settings import pairs
     from isthmus.training.system import TrainedSystem
 
-    system: Any = registry.load(slug)
+    system: Any = trainable(slug)
     told, planned = pairs(settings), pairs(plan, "--plan")
     short = {"steps": steps, "learning_rate": learning_rate, "seed": seed}
     planned |= {name: str(value) for name, value in short.items() if value is not None}

@@ -32,6 +32,7 @@ from isthmus.training.system import CONFIG, Answer, TrainedSystem, read_config
 
 PARTS = {
     "parts/lossless-image": "isthmus.codecs.lossless_image:LosslessImage",
+    "parts/learned-image": "isthmus.codecs.learned_image:LearnedImage",
     "parts/lossless-audio": "isthmus.codecs.lossless_audio:LosslessAudio",
     "parts/av1": "isthmus.codecs.films:Av1",
     "parts/ffv1": "isthmus.codecs.films:Ffv1",
@@ -154,6 +155,19 @@ def lookup(name: str) -> type:
             if getattr(system, "role", None) == "codec":
                 return system
     raise UnknownNameError("codec", name, ids())
+
+
+def trainable(name: str) -> type:
+    """The class of a system, or of a codec that is no system but is trained like one.
+
+    Args:
+        name: A slug, or the name of the codec.
+
+    Raises:
+        UnknownNameError: There is none of that name.
+    """
+    own = lookup(name) if f"parts/{name}" in PARTS else None
+    return own if own and issubclass(own, TrainedCodec) else registry.load(name)
 
 
 def fields_of(name: str) -> tuple[str, ...]:

@@ -310,8 +310,9 @@ class Hyperprior(nn.Module):
         self.conditional = GaussianConditional()
 
     def no_past(self, y: Tensor) -> Tensor:
-        """What stands for earlier latents where there are none, [B, 2M, h, w]."""
-        return y.new_zeros(len(y), 2 * self.latents, *y.shape[2:])
+        """What stands for earlier latents where there are none: zeros [B, 2M, h, w], or nothing."""
+        planes = 2 * self.latents if self.prior.temporal is not None else 0
+        return y.new_zeros(len(y), planes, *y.shape[2:])
 
     def forward(self, y: Tensor, past: Tensor, exact: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """Values of latents [B, M, h, w], bits of each, and bits of each element of z.
@@ -372,15 +373,20 @@ class TransformCodec(nn.Module):
         """What sides of pictures have to be divisible by."""
 
     def forward(
-        self, x: Tensor, past: Tensor | None = None, exact: bool = True
+        self,
+        x: Tensor,
+        past: Tensor | None = None,
+        exact: bool = True,
+        step: Tensor | float = 1.0,
     ) -> tuple[Tensor, Tensor]:
         """Pictures [B, C, H, W] of 0 to 1, coded by themselves, and the bits of each [B].
 
-        The synthesis sees rounded latents, with a straight-through gradient.
+        The synthesis sees rounded latents, with a straight-through gradient. Latents are rounded
+        to multiples of ``step``, a number or one for each picture [B, 1, 1, 1].
         """
-        y = self.g_a(x - 0.5)
+        y = self.g_a(x - 0.5) / step
         _, y_bits, z_bits = self.law(y, self.law.no_past(y) if past is None else past, exact)
-        out: Tensor = self.g_s(rounded(y)) + 0.5
+        out: Tensor = self.g_s(rounded(y) * step) + 0.5
         return out, y_bits.flatten(1).sum(1) + z_bits.flatten(1).sum(1)
 
 

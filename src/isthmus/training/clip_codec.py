@@ -90,7 +90,7 @@ class ClipCodec(TransformCodec):
         return out.view(x.shape), bits.view(batch, length)
 
     def forward(
-        self, x: Tensor, told: Any = None, stage: Any = GRID, y: Tensor | None = None
+        self, x: Tensor, told: Any = None, stage: Any = GRID, y: Any = None
     ) -> tuple[Tensor, Tensor]:
         """See :meth:`clips`."""
         return self.clips(x, told, stage, y)

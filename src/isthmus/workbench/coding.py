@@ -41,7 +41,7 @@ DEFAULTS = {
 SMALL = 1 << 16
 """Numbers of a signal below which the header counts, and is written short where it can be."""
 
-WITH_LOSS = {"audio": "codecs/hificodec"}
+WITH_LOSS = {"audio": "codecs/hificodec", "image": "parts/learned-image"}
 """What codes a medium in their place when a rate is asked for and no codec."""
 
 Heard = Callable[[int, int | None], None]

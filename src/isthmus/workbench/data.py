@@ -29,6 +29,8 @@ from isthmus.workbench import (
     voices,
 )
 from isthmus.workbench.coded_scenes import coded_scenes
+from isthmus.workbench.dead_leaves import DeadLeaves
+from isthmus.workbench.photographs import cuttings
 from isthmus.workbench.scene_masks import NAMED, MaskedScene, masked_scenes
 
 PREFIX, HUB = "workbench:", "hub:"
@@ -127,6 +129,11 @@ def _named_scenes() -> Data[MaskedScene]:
     )
 
 
+def _photographs(leaves: int, most: int | None = None) -> Data[Any]:
+    train: list[Any] = [*cuttings("train")[:most]]
+    return Data(train + [DeadLeaves(seed) for seed in range(leaves)], cuttings("held-out")[:most])
+
+
 def _docstrings() -> Data[Pair]:
     train = codesearch.pairs("train")
     known = set(train)
@@ -149,6 +156,10 @@ SOURCES: dict[str, Source] = {
         lambda: Data(coded_scenes(60), coded_scenes(20, "held-out")),
         "a few of them",
     ),
+    "photographs": Source(
+        "pictures", lambda: _photographs(300), "photographs and dead leaves, 256 by 256 pixels"
+    ),
+    "photographs-few": Source("pictures", lambda: _photographs(4, 8), "a few of them"),
     "scenes": Source(
         "pictures",
         lambda: Data(scenes.sheets(8_000), scenes.sheets(200, "held-out")),

@@ -1,0 +1,321 @@
+"""Pictures with loss: a learned transform and its entropy model, one model for all rates.
+
+::
+
+    x ─▶ g_a ─▶ y / step ─round─▶ range coder, by tables that whole numbers choose
+                  ▲                     │
+        the finest step within          ▼
+        the rate that is asked for      y^ · step ─▶ g_s ─▶ x^
+
+The transform begins as a block cosine transform and learns what is better for photographs, flat
+drawings and their edges. The model in the package has 1.1 million weights and has seen a dozen
+photographs and 300 pictures of dead leaves (:mod:`isthmus.workbench.dead_leaves`): it is at its
+best with photographs at few bits. Alpha and grey are coded as pictures without colour.
+
+J. Balle, D. Minnen, S. Singh, S. Hwang, N. Johnston, "Variational image compression with a scale
+hyperprior", 2018, arXiv:1802.01436.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from isthmus.codecs.base import TrainedCodec
+from isthmus.codecs.container import Frame, Header
+from isthmus.codecs.entropy import HyperCoder
+from isthmus.codecs.laws import one_thread
+from isthmus.errors import BrokenFileError, InvalidInputError
+from isthmus.models.transform_codec import HYPER, TransformCodec, pad_to
+from isthmus.roles import Medium, Signal
+from isthmus.signals.image import Pictured
+from isthmus.training.data import Data
+from isthmus.training.loop import Plan
+from isthmus.training.picture_codec import PictureCodecLearner
+from isthmus.training.system import WEIGHTS, Scale
+
+WIDEST = 1 << 14
+"""Columns of a picture at most."""
+
+BAND = 1 << 20
+"""Pixels that are coded together, about."""
+
+REACH = 8
+"""Latents that a pixel, and pixels that a latent depends on, to each side; of latents."""
+
+LEVELS, FINEST = 27, -16
+"""How many steps there are, 2^(level / 8), and the level of the smallest."""
+
+_TABLES, _FAR = "tables.", 1 << 20
+
+_ADAM = Plan(1, "adam", 1e-3, "cosine", 50, validate_every=200)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the codec and its training.
+
+    Attributes:
+        width: N, channels of the transforms.
+        latents: M.
+        stages: Halvings of a picture.
+        hyper: Channels of z.
+        prior_width: Channels of the entropy model's nets.
+        gain: What latents begin as, times the waves of pixels of 0 to 1.
+        trade: lambda at step 1; falls with the square of the step.
+        steps: Smallest and largest step that is learnt.
+        scales: Smallest and largest factor by which pictures are scaled before they are cut.
+        grid: Share of the training at the end that is on the grid of whole numbers.
+        side: Of a crop.
+        batch_size: Crops of a batch.
+    """
+
+    width: int = 128
+    latents: int = 192
+    stages: int = 4
+    hyper: int = 64
+    prior_width: int = 128
+    gain: float = 5.0
+    trade: float = 0.01
+    steps: tuple[float, float] = (0.25, 2.5)
+    scales: tuple[float, float] = (0.5, 1.0)
+    grid: float = 0.1
+    side: int = 256
+    batch_size: int = 8
+
+
+class LearnedImage(TrainedCodec):
+    """The codec; ``module`` is a :class:`~isthmus.models.transform_codec.TransformCodec`.
+
+    Example:
+        >>> LearnedImage.step(0), LearnedImage.step(16), LearnedImage.step(LEVELS - 1) > 2.3
+        (0.25, 1.0, True)
+    """
+
+    name = "learned-image"
+    family = "parts"
+    reads = "pictures"
+    medium: ClassVar[Medium] = "image"
+    numerics = "int"
+    fields = ("most",)
+    rates: ClassVar[tuple[float, ...]] = (0.125, 0.25, 0.5, 1.0, 2.0)
+    settings_type = Settings
+    scales: ClassVar[Mapping[str, Scale]] = {
+        "test": Scale(
+            Settings(8, 12, 2, 2, 8, side=32, batch_size=2, grid=0.2),
+            replace(_ADAM, steps=10, warmup_steps=2, validate_every=10),
+            "workbench:photographs-few",
+        ),
+        "small": Scale(
+            Settings(64, 96, 3, 16, 48, side=128),
+            replace(_ADAM, steps=1000),
+            "workbench:photographs",
+        ),
+        "paper": Scale(
+            Settings(),
+            replace(_ADAM, steps=1_000_000, learning_rate=1e-4, validate_every=20_000),
+            "workbench:photographs",
+        ),
+    }
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        s: Settings = settings or Settings()
+        super().__init__(s)
+        sizes = (s.width, s.latents, s.stages, s.hyper, s.prior_width)
+        self.module: TransformCodec = TransformCodec(3, *sizes, temporal=False, gain=s.gain)
+        self._coder: HyperCoder | None = None
+
+    def learner(self, data: Data[Pictured], plan: Plan) -> PictureCodecLearner:
+        """See :class:`~isthmus.training.picture_codec.PictureCodecLearner`."""
+        self._coder = None
+        return PictureCodecLearner(self.module, self.settings, data, plan)
+
+    # files ------------------------------------------------------------------------------------
+
+    @property
+    def coder(self) -> HyperCoder:
+        """The entropy model in integers, frozen when it is first needed."""
+        if self._coder is None:
+            self._coder = HyperCoder.freeze(self.module.law)
+        return self._coder
+
+    def write_files(self, folder: Path) -> None:
+        """Weights, and the integers that were frozen from them."""
+        weights = {k: v.detach().cpu().contiguous() for k, v in self.module.state_dict().items()}
+        weights |= {_TABLES + k: v.contiguous() for k, v in self.coder.tensors().items()}
+        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+
+    @classmethod
+    def read_files(cls, settings: Settings, folder: Path) -> Self:
+        """A codec with the weights and integers of a folder."""
+        made, stored = cls(settings), load_file(folder / WEIGHTS)
+        tables = {k: stored.pop(k) for k in list(stored) if k.startswith(_TABLES)}
+        made.module.load_state_dict(stored)
+        made.module.eval()
+        made._coder = HyperCoder.of({k.removeprefix(_TABLES): v for k, v in tables.items()})
+        return made
+
+    def decode_config(self) -> dict[str, Any]:
+        """What a decoder is built from."""
+        told = asdict(self.settings)
+        return {name: told[name] for name in ("width", "latents", "stages")}
+
+    def decode_tensors(self) -> Mapping[str, Tensor]:
+        """g_s, and the integers of the entropy model: g_a and h_a may learn anew."""
+        kept = {k: v for k, v in self.module.state_dict().items() if k.startswith("g_s.")}
+        return kept | self.coder.tensors()
+
+    # coding -----------------------------------------------------------------------------------
+
+    @staticmethod
+    def step(level: int) -> float:
+        """What latents are rounded to multiples of."""
+        return float(2.0 ** ((level + FINEST) / 8))
+
+    def parameters(self, info: Mapping[str, Any], rate: float | None = None) -> dict[str, Any]:
+        """The rate that is asked for, in thousandths of a bit a pixel; 0 takes step 1.
+
+        Raises:
+            InvalidInputError: A picture that is not coded, or a rate that is none.
+        """
+        self._check(info, InvalidInputError)
+        if rate is not None and not 0.001 <= rate <= 1000:
+            raise InvalidInputError(f"a rate is 0.001 to 1000 bits a pixel, not {rate}")
+        return {"most": 0 if rate is None else int(rate * 1000)}
+
+    def _check(self, info: Mapping[str, Any], error: type[Exception]) -> tuple[int, int, int]:
+        """Planes to code (colour, alpha), height and width."""
+        channels, height, width = info["shape"]
+        if not 1 <= channels <= 4 or info["dtype"] != "uint8":
+            raise error(
+                f"this codec takes 1 to 4 planes of uint8, not {channels} of {info['dtype']}"
+            )
+        if not (height > 0 and 0 < width <= WIDEST):
+            raise error(f"this codec takes pictures of 1 to {WIDEST} columns, not {width}")
+        return 2 - channels % 2, height, width
+
+    def _bands(self, height: int, width: int) -> list[slice]:
+        """Rows that are coded together, so that memory does not grow with the picture."""
+        m = self.module.multiple
+        rows = max(1, BAND // (-(-width // m) * m * m)) * m
+        return [slice(top, min(height, top + rows)) for top in range(0, height, rows)]
+
+    @torch.inference_mode()
+    def analyse(self, pixels: Tensor) -> list[Tensor]:
+        """Latents [P, M, h, w] of each band of a picture uint8 [C, H, W]: colour, and alpha.
+
+        A band is seen with what lies around it, so there are no seams.
+        """
+        f, m = self.module.multiple // HYPER, self.module.multiple
+        found = []
+        for band in self._bands(*pixels.shape[1:]):
+            above = min(band.start, REACH * f)
+            x = pixels[None, :, band.start - above : band.stop + REACH * f].float() / 255
+            shown = [x[:, : 3 if len(pixels) > 2 else 1].expand(-1, 3, -1, -1)]
+            shown += [x[:, -1:].expand(-1, 3, -1, -1)] * (len(pixels) % 2 == 0)
+            with one_thread():
+                y = self.module.g_a(pad_to(torch.cat(shown), m) - 0.5)
+            high = HYPER * -(-(band.stop - band.start) // m)
+            found.append(y[:, :, above // f :][:, :, :high])
+        return found
+
+    @torch.inference_mode()
+    def rounded(self, y: Tensor, level: int) -> tuple[Tensor, Tensor]:
+        """Whole numbers of latents at a level, int64, and z."""
+        with one_thread():
+            scaled = y / self.step(level)
+            z = self.module.law.h_a(scaled)
+        return scaled.round().clamp(-_FAR, _FAR).long(), z.round().clamp(-_FAR, _FAR).long()
+
+    @torch.inference_mode()
+    def synthesise(self, around: Sequence[Tensor | None], level: int, channels: int) -> Tensor:
+        """Pixels uint8 [C, H, W] of the second of three bands of whole latents."""
+        before, y, after = around
+        assert y is not None
+        above = before[:, :, -REACH:] if before is not None else y[:, :, :0]
+        below = after[:, :, :REACH] if after is not None else y[:, :, :0]
+        with one_thread():
+            seen = torch.cat([above, y, below], 2).float() * self.step(level)
+            x = self.module.g_s(seen) + 0.5
+        f = self.module.multiple // HYPER
+        x = x[:, :, above.shape[2] * f :][:, :, : y.shape[2] * f]
+        x = (x * 255).round().clamp(0, 255).to(torch.uint8)
+        grey = x.float().mean(1).round().to(torch.uint8)
+        colour = x[0] if channels > 2 else grey[:1]
+        return colour if channels % 2 else torch.cat([colour, grey[1:]])
+
+    def encode(self, signal: Signal, header: Header) -> Iterator[Frame]:
+        """A frame for each band: the level, then the latents.
+
+        Raises:
+            InvalidInputError: This picture does not fit into the rate.
+        """
+        _, height, width = self._check(header.signal, InvalidInputError)
+        latents, most = self.analyse(torch.cat(list(signal.chunks), 1)), header.parameters["most"]
+        room = most * height * width // 8000  # bytes
+        level = self._level(latents, room) if most else -FINEST
+        made = []
+        for y in latents:
+            whole, z = self.rounded(y, level)
+            data = bytes([level]) + self.coder.compress(whole, z, self.module.law.no_past(whole))
+            made.append((_symbols(whole, z), data))
+        need = sum(len(data) for _, data in made)
+        if most and need > room:
+            raise InvalidInputError(
+                f"this picture needs {need * 8 / (height * width):.3f} bits a pixel or more here, "
+                f"not {most / 1000}; ask for more, or scale it down"
+            )
+        for band, (symbols, data) in zip(self._bands(height, width), made, strict=True):
+            yield Frame.of(symbols, data, samples=band.stop - band.start, reset=True)
+
+    def _level(self, latents: Sequence[Tensor], room: int) -> int:
+        """The finest level whose latents fit into so many bytes, or else the coarsest."""
+        low, high, slack = 0, LEVELS - 1, 8 * len(latents)
+        none = self.module.law.no_past(latents[0])
+        while low < high:
+            middle = (low + high) // 2
+            bits = sum(self.coder.bits(*self.rounded(y, middle), none) for y in latents)
+            low, high = (low, middle) if bits <= 8 * (room - slack) else (middle + 1, high)
+        return low
+
+    def decode(self, header: Header, frames: Iterable[Frame]) -> Iterator[Tensor]:
+        """The bands of the picture, each once the next has arrived."""
+        planes, height, width = self._check(header.signal, BrokenFileError)
+        m, channels = self.module.multiple, header.signal["shape"][0]
+        bands, level = self._bands(height, width), -1
+        around: list[Tensor | None] = [None, None, None]
+        held: list[int] = []
+
+        def shown() -> Tensor:
+            return self.synthesise(around, level, channels)[:, : held.pop(0), :width]
+
+        for band, frame in zip(bands, frames, strict=False):  # no frame beyond the bands is taken
+            if (
+                not frame.payload
+                or frame.payload[0] >= LEVELS
+                or level not in (-1, *frame.payload[:1])
+            ):
+                raise BrokenFileError("the file names a step that there is not")
+            level, rows = frame.payload[0], band.stop - band.start
+            high, wide = (HYPER * -(-n // m) for n in (rows, width))
+            none = torch.zeros(planes, 0, high, wide, dtype=torch.int64)
+            shape = (planes, self.settings.latents, high, wide)
+            y, z = self.coder.decompress(frame.payload[1:], shape, none)
+            frame.verify(_symbols(y, z))
+            around = [*around[1:], y]
+            held.append(rows)
+            if around[1] is not None:
+                yield shown()
+        if held:
+            around = [*around[1:], None]
+            yield shown()
+
+
+def _symbols(y: Tensor, z: Tensor) -> Tensor:
+    return torch.cat([z.flatten(), y.flatten()])
