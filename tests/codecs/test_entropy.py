@@ -164,3 +164,26 @@ def test_a_factorised_law_as_tables() -> None:
     law.biases[0].data.fill_(float("nan"))
     with pytest.raises(InvalidInputError, match="not finite"):
         factorised_tables(law)
+
+
+def test_a_coder_of_larger_steps_has_narrower_laws_nearer_to_0() -> None:
+    torch.manual_seed(0)
+    law = Hyperprior(6, 2, 8, temporal=False).eval()
+    y = torch.randn(1, 6, 16, 16) * 20
+    law.begin(y)
+    z = law.h_a(y).round().detach()
+    coder, none = HyperCoder.freeze(law), law.no_past(y)
+    mean, index = coder.prior(z, none)
+    far, places = coder.at(8).prior(z, none)  # steps of 2
+    assert (far * 2 - mean).abs().max() <= 1
+    assert torch.equal(places, (index - 6).clamp(0, 63))  # 1.131^5.63 = 2
+    assert torch.equal(coder.at(0).prior(z, none)[0], mean)
+    # what is coded so takes what the law in training says
+    for level, step in ((-8, 0.5), (0, 1.0), (16, 4.0)):
+        whole = (y / step).round().long()
+        data = coder.at(level).compress(whole, z, none)
+        back, _ = coder.at(level).decompress(data, whole.shape, none)
+        assert torch.equal(back, whole)
+        said = float(law(y, none, True, step)[1].sum())
+        exact = coder.at(level).bits(whole, z, none) - estimate_bits(*coder._z(z), coder.tables)
+        assert exact == pytest.approx(said, rel=0.02)

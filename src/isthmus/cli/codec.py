@@ -47,7 +47,8 @@ def encode(
             as AV1, with loss; ffv1 codes films without. One that has to be trained is trained at
             the scale small the first time.
         rate: Highest rate wanted: kbit/s of sound and films, bits per pixel of pictures. Without
-            a codec, sound is then coded with loss, by a model for speech that comes along.
+            a codec, sound and pictures are then coded with loss, by models that come along: one
+            for speech, one for photographs.
         quality: Wanted quality, 0 to 100, of a codec that has such a choice; AV1 takes 50.
         model: Folder of a trained codec, made by isthmus train.
         engine: local, or ray: the files of a folder are spread over a Ray cluster, the one at

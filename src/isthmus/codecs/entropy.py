@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, overload
 
@@ -27,7 +28,7 @@ from torch import Tensor
 from isthmus.codecs.rangecoder import TOTAL, Decoder, Encoder, Ints, Table, estimate_bits
 from isthmus.errors import BrokenFileError, InvalidInputError
 from isthmus.models.transform_codec import FRACTIONS, HYPER, Hyperprior, WholePrior
-from isthmus.nn.likelihood import FIRST, SCALES, Factorised
+from isthmus.nn.likelihood import FIRST, SCALES, STEP, Factorised
 
 RATIO = 1.1309463943519327
 """Of two neighbouring scales: a constant, since exp differs between libraries in its last bit."""
@@ -138,6 +139,31 @@ def factorised_tables(law: Factorised) -> list[Table]:
     return found
 
 
+@dataclass(frozen=True)
+class Scaled:
+    """A prior of latents that are divided by a step, in whole numbers again.
+
+    Attributes:
+        prior: Of the latents as they are.
+        level: The step is 2^(level / 8).
+    """
+
+    prior: Any
+    level: int
+
+    def __call__(self, z: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+        """See :class:`~isthmus.models.transform_codec.WholePrior`."""
+        mean, index = self.prior(z, past)
+        fewer = round(self.level * math.log(2) / 8 / STEP)  # places in the table of deviations
+        part = round(2 ** (16 - self.level / 8))
+        return (mean * part + (1 << 15)) >> 16, (index - fewer).clamp(0, SCALES - 1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those of the prior: the level is no part of the model."""
+        found: dict[str, Tensor] = self.prior.tensors()
+        return found
+
+
 class HyperCoder:
     """A hyperprior's law at work: latents to bytes and back.
 
@@ -146,13 +172,17 @@ class HyperCoder:
         prior: Picks the table of each element of y.
     """
 
-    def __init__(self, tables: Sequence[Table], prior: WholePrior) -> None:
+    def __init__(self, tables: Sequence[Table], prior: WholePrior | Scaled) -> None:
         self.tables, self.prior = list(tables), prior
 
     @classmethod
     def freeze(cls, law: Hyperprior) -> HyperCoder:
         """Integers of a law that was trained."""
         return cls(factorised_tables(law.factorised), law.prior.frozen())
+
+    def at(self, level: int) -> HyperCoder:
+        """The coder of latents that are divided by 2^(level / 8) before they are rounded."""
+        return HyperCoder(self.tables, Scaled(self.prior, level))
 
     def tensors(self) -> dict[str, Tensor]:
         """What it is made of, integers all, for the model's file and fingerprint."""

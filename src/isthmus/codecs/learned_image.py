@@ -2,7 +2,7 @@
 
 ::
 
-    x ─▶ g_a ─▶ y / step ─round─▶ range coder, by tables that whole numbers choose
+    x ─▶ g_a ─▶ y / step ─round─▶ range coder, by tables that z and the step choose
                   ▲                     │
         the finest step within          ▼
         the rate that is asked for      y^ · step ─▶ g_s ─▶ x^
@@ -49,12 +49,15 @@ BAND = 1 << 20
 REACH = 8
 """Latents that a pixel, and pixels that a latent depends on, to each side; of latents."""
 
-LEVELS, FINEST = 27, -16
+LEVELS, FINEST = 36, -16
 """How many steps there are, 2^(level / 8), and the level of the smallest."""
+
+BEGIN = 16
+"""Batches that laws begin from."""
 
 _TABLES, _FAR = "tables.", 1 << 20
 
-_ADAM = Plan(1, "adam", 1e-3, "cosine", 50, validate_every=200)
+_ADAM = Plan(1, "adam", 5e-4, "cosine", 50, validate_every=200)
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class Settings:
     prior_width: int = 128
     gain: float = 5.0
     trade: float = 0.01
-    steps: tuple[float, float] = (0.25, 2.5)
+    steps: tuple[float, float] = (0.25, 5.0)
     scales: tuple[float, float] = (0.5, 1.0)
     grid: float = 0.1
     side: int = 256
@@ -94,7 +97,7 @@ class LearnedImage(TrainedCodec):
     """The codec; ``module`` is a :class:`~isthmus.models.transform_codec.TransformCodec`.
 
     Example:
-        >>> LearnedImage.step(0), LearnedImage.step(16), LearnedImage.step(LEVELS - 1) > 2.3
+        >>> LearnedImage.step(0), LearnedImage.step(16), LearnedImage.step(LEVELS - 1) > 5
         (0.25, 1.0, True)
     """
 
@@ -113,8 +116,8 @@ class LearnedImage(TrainedCodec):
             "workbench:photographs-few",
         ),
         "small": Scale(
-            Settings(64, 96, 3, 16, 48, side=128),
-            replace(_ADAM, steps=1000),
+            Settings(64, 96, 3, 16, 48, side=128, batch_size=4),
+            replace(_ADAM, steps=2000),
             "workbench:photographs",
         ),
         "paper": Scale(
@@ -130,6 +133,16 @@ class LearnedImage(TrainedCodec):
         sizes = (s.width, s.latents, s.stages, s.hyper, s.prior_width)
         self.module: TransformCodec = TransformCodec(3, *sizes, temporal=False, gain=s.gain)
         self._coder: HyperCoder | None = None
+
+    @classmethod
+    def untrained(cls, settings: Settings, data: Data[Pictured]) -> Self:
+        """A new codec, whose laws begin as wide as latents of some crops are."""
+        codec = cls(settings)
+        learner = codec.learner(data, _ADAM)
+        with torch.no_grad():
+            x = torch.cat([learner.batch(part)[0] for part in range(BEGIN)])
+            codec.module.law.begin(codec.module.g_a(x - 0.5))
+        return codec
 
     def learner(self, data: Data[Pictured], plan: Plan) -> PictureCodecLearner:
         """See :class:`~isthmus.training.picture_codec.PictureCodecLearner`."""
@@ -207,10 +220,11 @@ class LearnedImage(TrainedCodec):
         return [slice(top, min(height, top + rows)) for top in range(0, height, rows)]
 
     @torch.inference_mode()
-    def analyse(self, pixels: Tensor) -> list[Tensor]:
-        """Latents [P, M, h, w] of each band of a picture uint8 [C, H, W]: colour, and alpha.
+    def analyse(self, pixels: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Latents [P, M, h, w] and whole z of each band of a picture uint8 [C, H, W].
 
-        A band is seen with what lies around it, so there are no seams.
+        Colour is the first of P pictures, alpha the second. A band is seen with what lies around
+        it, so there are no seams.
         """
         f, m = self.module.multiple // HYPER, self.module.multiple
         found = []
@@ -221,17 +235,14 @@ class LearnedImage(TrainedCodec):
             shown += [x[:, -1:].expand(-1, 3, -1, -1)] * (len(pixels) % 2 == 0)
             with one_thread():
                 y = self.module.g_a(pad_to(torch.cat(shown), m) - 0.5)
-            high = HYPER * -(-(band.stop - band.start) // m)
-            found.append(y[:, :, above // f :][:, :, :high])
+                high = HYPER * -(-(band.stop - band.start) // m)
+                y = y[:, :, above // f :][:, :, :high]
+                found.append((y, _whole(self.module.law.h_a(y))))
         return found
 
-    @torch.inference_mode()
-    def rounded(self, y: Tensor, level: int) -> tuple[Tensor, Tensor]:
-        """Whole numbers of latents at a level, int64, and z."""
-        with one_thread():
-            scaled = y / self.step(level)
-            z = self.module.law.h_a(scaled)
-        return scaled.round().clamp(-_FAR, _FAR).long(), z.round().clamp(-_FAR, _FAR).long()
+    def rounded(self, y: Tensor, level: int) -> Tensor:
+        """Whole numbers of latents at a level, int64."""
+        return _whole(y / self.step(level))
 
     @torch.inference_mode()
     def synthesise(self, around: Sequence[Tensor | None], level: int, channels: int) -> Tensor:
@@ -257,13 +268,14 @@ class LearnedImage(TrainedCodec):
             InvalidInputError: This picture does not fit into the rate.
         """
         _, height, width = self._check(header.signal, InvalidInputError)
-        latents, most = self.analyse(torch.cat(list(signal.chunks), 1)), header.parameters["most"]
+        pixels, most = torch.cat(list(signal.chunks), 1), header.parameters["most"]
+        latents = self.analyse(pixels)
         room = most * height * width // 8000  # bytes
         level = self._level(latents, room) if most else -FINEST
-        made = []
-        for y in latents:
-            whole, z = self.rounded(y, level)
-            data = bytes([level]) + self.coder.compress(whole, z, self.module.law.no_past(whole))
+        coder, made = self.coder.at(level + FINEST), []
+        for y, z in latents:
+            whole = self.rounded(y, level)
+            data = bytes([level]) + coder.compress(whole, z, self.module.law.no_past(whole))
             made.append((_symbols(whole, z), data))
         need = sum(len(data) for _, data in made)
         if most and need > room:
@@ -274,13 +286,13 @@ class LearnedImage(TrainedCodec):
         for band, (symbols, data) in zip(self._bands(height, width), made, strict=True):
             yield Frame.of(symbols, data, samples=band.stop - band.start, reset=True)
 
-    def _level(self, latents: Sequence[Tensor], room: int) -> int:
+    def _level(self, latents: Sequence[tuple[Tensor, Tensor]], room: int) -> int:
         """The finest level whose latents fit into so many bytes, or else the coarsest."""
         low, high, slack = 0, LEVELS - 1, 8 * len(latents)
-        none = self.module.law.no_past(latents[0])
         while low < high:
             middle = (low + high) // 2
-            bits = sum(self.coder.bits(*self.rounded(y, middle), none) for y in latents)
+            coder, no_past = self.coder.at(middle + FINEST), self.module.law.no_past
+            bits = sum(coder.bits(self.rounded(y, middle), z, no_past(z)) for y, z in latents)
             low, high = (low, middle) if bits <= 8 * (room - slack) else (middle + 1, high)
         return low
 
@@ -306,7 +318,7 @@ class LearnedImage(TrainedCodec):
             high, wide = (HYPER * -(-n // m) for n in (rows, width))
             none = torch.zeros(planes, 0, high, wide, dtype=torch.int64)
             shape = (planes, self.settings.latents, high, wide)
-            y, z = self.coder.decompress(frame.payload[1:], shape, none)
+            y, z = self.coder.at(level + FINEST).decompress(frame.payload[1:], shape, none)
             frame.verify(_symbols(y, z))
             around = [*around[1:], y]
             held.append(rows)
@@ -315,6 +327,10 @@ class LearnedImage(TrainedCodec):
         if held:
             around = [*around[1:], None]
             yield shown()
+
+
+def _whole(x: Tensor) -> Tensor:
+    return x.round().clamp(-_FAR, _FAR).long()
 
 
 def _symbols(y: Tensor, z: Tensor) -> Tensor:

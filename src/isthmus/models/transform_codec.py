@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from isthmus.errors import InvalidInputError
-from isthmus.nn.likelihood import Factorised, GaussianConditional, scale_at
+from isthmus.nn.likelihood import Factorised, GaussianConditional, index_of, scale_at
 from isthmus.nn.whole_net import WholeConv, WholeConvolution, WholeNet, rounded, run
 
 HYPER = 4
@@ -314,18 +314,28 @@ class Hyperprior(nn.Module):
         planes = 2 * self.latents if self.prior.temporal is not None else 0
         return y.new_zeros(len(y), planes, *y.shape[2:])
 
-    def forward(self, y: Tensor, past: Tensor, exact: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    @torch.no_grad()
+    def begin(self, y: Tensor) -> None:
+        """Let the law of each channel begin as wide as some latents [B, M, h, w] are."""
+        last: Any = self.prior.index.layers[-1]
+        last.conv.bias.copy_(index_of(y.std((0, 2, 3))) * _INDEX)
+
+    def forward(
+        self, y: Tensor, past: Tensor, exact: bool = True, step: Tensor | float = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Values of latents [B, M, h, w], bits of each, and bits of each element of z.
 
         Args:
             y: Latents; sides divisible by :data:`HYPER`.
             past: See :meth:`Prior.forward`.
             exact: Keep the prior on the grids of whole numbers, as coding will.
+            step: What latents are divided by before they are rounded, a number or [B, 1, 1, 1];
+                z and the nets know nothing of it, means and deviations shrink with them.
         """
         z = self.h_a(y)
         noisy, z_bits = self.factorised(z)
         mean, scale = self.prior(rounded(z) if exact else noisy, past, exact)
-        value, y_bits = self.conditional(y, mean, scale)
+        value, y_bits = self.conditional(y / step, mean / step, scale / step)
         return value, y_bits, z_bits
 
 
@@ -384,9 +394,10 @@ class TransformCodec(nn.Module):
         The synthesis sees rounded latents, with a straight-through gradient. Latents are rounded
         to multiples of ``step``, a number or one for each picture [B, 1, 1, 1].
         """
-        y = self.g_a(x - 0.5) / step
-        _, y_bits, z_bits = self.law(y, self.law.no_past(y) if past is None else past, exact)
-        out: Tensor = self.g_s(rounded(y) * step) + 0.5
+        y = self.g_a(x - 0.5)
+        past = self.law.no_past(y) if past is None else past
+        _, y_bits, z_bits = self.law(y, past, exact, step)
+        out: Tensor = self.g_s(rounded(y / step) * step) + 0.5
         return out, y_bits.flatten(1).sum(1) + z_bits.flatten(1).sum(1)
 
 
