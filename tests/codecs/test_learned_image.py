@@ -145,7 +145,7 @@ def test_a_step_that_there_is_not_is_refused(codec: LearnedImage) -> None:
         pack(codec, signal(drawn()), out)
     finally:
         del codec.encode
-    with pytest.raises(BrokenFileError, match="a step that there is not"):
+    with pytest.raises(BrokenFileError, match="a step or laws that there are not"):
         shown(codec, out.getvalue())
 
 

@@ -146,17 +146,19 @@ class Scaled:
     Attributes:
         prior: Of the latents as they are.
         level: The step is 2^(level / 8).
+        wider: Places in the table by which laws are wider, int64 [M, 1, 1] or one for all.
     """
 
     prior: Any
     level: int
+    wider: Tensor | int = 0
 
     def __call__(self, z: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`~isthmus.models.transform_codec.WholePrior`."""
         mean, index = self.prior(z, past)
         fewer = round(self.level * math.log(2) / 8 / STEP)  # places in the table of deviations
         part = round(2 ** (16 - self.level / 8))
-        return (mean * part + (1 << 15)) >> 16, (index - fewer).clamp(0, SCALES - 1)
+        return (mean * part + (1 << 15)) >> 16, (index - fewer + self.wider).clamp(0, SCALES - 1)
 
     def tensors(self) -> dict[str, Tensor]:
         """Those of the prior: the level is no part of the model."""
@@ -180,9 +182,14 @@ class HyperCoder:
         """Integers of a law that was trained."""
         return cls(factorised_tables(law.factorised), law.prior.frozen())
 
-    def at(self, level: int) -> HyperCoder:
-        """The coder of latents that are divided by 2^(level / 8) before they are rounded."""
-        return HyperCoder(self.tables, Scaled(self.prior, level))
+    def at(self, level: int, wider: Tensor | int = 0) -> HyperCoder:
+        """The coder of latents that are divided by 2^(level / 8) before they are rounded.
+
+        Args:
+            level: See there.
+            wider: Places in the table by which laws are wider, int64 [M, 1, 1] or one for all.
+        """
+        return HyperCoder(self.tables, Scaled(self.prior, level, wider))
 
     def tensors(self) -> dict[str, Tensor]:
         """What it is made of, integers all, for the model's file and fingerprint."""

@@ -51,7 +51,7 @@ class Found:
         curves: Points by coder, rates rising.
         bd: Rate against the anchor at equal quality, in percent, where curves can be compared.
         anchor: The coder that ``bd`` compares with.
-        left_out: Coders that could not code these files, and why.
+        left_out: Coders that could not code these files, or not at a setting, and why.
         similarity: Name of the second measure in the points, such as ``MS-SSIM-3``; empty without.
         notes: What of the files was not compared.
     """
@@ -98,12 +98,18 @@ def bench(
     for peer in [*peers(medium), *_ours(medium, model)]:
         if report is not None:
             report(peer.name)
-        try:
-            points = [_point(peer, q, signals, scales) for q in peer.qualities]
-        except (IsthmusError, OSError, RuntimeError, ValueError) as error:
-            left_out[peer.name] = str(error).strip().splitlines()[0]
-            continue
-        curves[peer.name] = sorted(points, key=lambda p: p.rate)
+        points: list[Point] = []
+        for setting in peer.qualities:
+            try:
+                points.append(_point(peer, setting, signals, scales))
+            except InvalidInputError as error:  # of one setting alone, as too low a rate
+                left_out[peer.name] = f"at {setting:g}: {error}"
+            except (IsthmusError, OSError, RuntimeError, ValueError) as error:
+                left_out[peer.name] = str(error).strip().splitlines()[0]
+                points = []
+                break
+        if points:
+            curves[peer.name] = sorted(points, key=lambda p: p.rate)
     anchor, bd = {"image": "JPEG", "audio": "MP3"}.get(medium, "H.264"), {}
     for name, points in curves.items():
         if name != anchor and anchor in curves:
