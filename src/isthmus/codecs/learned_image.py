@@ -9,9 +9,9 @@
 
 The transform begins as a block cosine transform and learns what is better for photographs, flat
 drawings and their edges. Laws of latents are made wider or narrower for each picture, channel by
-channel. The model in the package has 1.1 million weights and has seen a dozen
-photographs and 300 pictures of dead leaves (:mod:`isthmus.workbench.dead_leaves`): it is at its
-best with photographs at few bits. Alpha and grey are coded as pictures without colour.
+channel. The model in the package has 1.1 million weights and has seen a dozen photographs and 300
+pictures of dead leaves (:mod:`isthmus.workbench.dead_leaves`): it is at its best with photographs
+at few bits. Alpha and grey are coded as pictures without colour.
 
 J. Balle, D. Minnen, S. Singh, S. Hwang, N. Johnston, "Variational image compression with a scale
 hyperprior", 2018, arXiv:1802.01436.
@@ -19,7 +19,6 @@ hyperprior", 2018, arXiv:1802.01436.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -61,6 +60,12 @@ BEGIN = 16
 
 WIDER = range(-3, 13)
 """Places in the table of deviations by which a law may be wider than the model says."""
+
+Latents = Sequence[tuple[Tensor, Tensor]]
+"""y [P, M, h, w] and whole z of each band."""
+
+Made = Sequence[tuple[Tensor, bytes]]
+"""Symbols and bytes of each band."""
 
 _TABLES, _TOLD, _FAR = "tables.", 128, 1 << 20
 
@@ -227,13 +232,13 @@ class LearnedImage(TrainedCodec):
         return [slice(top, min(height, top + rows)) for top in range(0, height, rows)]
 
     @torch.inference_mode()
-    def analyse(self, pixels: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def analyse(self, pixels: Tensor) -> Latents:
         """Latents [P, M, h, w] and whole z of each band of a picture uint8 [C, H, W].
 
         Colour is the first of P pictures, alpha the second. A band is seen with what lies around
         it, so there are no seams.
         """
-        f, m = self.module.multiple // HYPER, self.module.multiple
+        m, f = self.module.multiple, self.module.multiple // HYPER  # pixels of a z, of a latent
         found = []
         for band in self._bands(*pixels.shape[1:]):
             above = min(band.start, REACH * f)
@@ -269,7 +274,7 @@ class LearnedImage(TrainedCodec):
         return colour if channels % 2 else torch.cat([colour, grey[1:]])
 
     def encode(self, signal: Signal, header: Header) -> Iterator[Frame]:
-        """A frame for each band: the level, then the latents.
+        """A frame for each band: the level, laws where they are told, then the latents.
 
         Raises:
             InvalidInputError: This picture does not fit into the rate.
@@ -277,35 +282,38 @@ class LearnedImage(TrainedCodec):
         _, height, width = self._check(header.signal, InvalidInputError)
         pixels, most = torch.cat(list(signal.chunks), 1), header.parameters["most"]
         latents = self.analyse(pixels)
-        room = most * height * width // 8000  # bytes
-        level = self._level(latents, room) if most else -FINEST
+        made = self._within(latents, most * height * width // 8000) if most else None
+        if most and made is None:
+            least = 8 * _size(self._coded(latents, LEVELS - 1)) / (height * width)
+            raise InvalidInputError(
+                f"this picture needs {least:.3f} bits a pixel or more here, not {most / 1000}; "
+                "ask for more, or scale it down"
+            )
+        made = made or self._coded(latents, -FINEST)
+        for band, (symbols, data) in zip(self._bands(height, width), made, strict=True):
+            yield Frame.of(symbols, data, samples=band.stop - band.start, reset=True)
+
+    def _coded(self, latents: Latents, level: int) -> Made:
+        """Symbols and bytes of each band at a level."""
         made = []
         for y, z in latents:
             whole = self.rounded(y, level)
             coder, told = self._laws(whole, z, level)
             data = told + coder.compress(whole, z, self.module.law.no_past(z))
             made.append((_symbols(whole, z), data))
-        need = sum(len(data) for _, data in made)
-        if most and need > room:
-            raise InvalidInputError(
-                f"this picture needs {need * 8 / (height * width):.3f} bits a pixel or more here, "
-                f"not {most / 1000}; ask for more, or scale it down"
-            )
-        for band, (symbols, data) in zip(self._bands(height, width), made, strict=True):
-            yield Frame.of(symbols, data, samples=band.stop - band.start, reset=True)
+        return made
 
-    def _level(self, latents: Sequence[tuple[Tensor, Tensor]], room: int) -> int:
-        """The finest level whose latents fit into so many bytes, or else the coarsest."""
-        low, high = 0, LEVELS - 1
+    def _within(self, latents: Latents, room: int) -> Made | None:
+        """What is coded at the finest level that fits into so many bytes; None where none does."""
+        low, high, found = 0, LEVELS, None
         while low < high:
-            middle, need = (low + high) // 2, 8 * len(latents)  # bytes that the coder may waste
-            for y, z in latents:
-                whole = self.rounded(y, middle)
-                coder, told = self._laws(whole, z, middle)
-                bits = coder.bits(whole, z, self.module.law.no_past(z))
-                need += len(told) + math.ceil(bits / 8)
-            low, high = (low, middle) if need <= room else (middle + 1, high)
-        return low
+            middle = (low + high) // 2
+            made = self._coded(latents, middle)
+            if _size(made) <= room:
+                high, found = middle, made
+            else:
+                low = middle + 1
+        return found
 
     @torch.inference_mode()
     def _laws(self, y: Tensor, z: Tensor, level: int) -> tuple[HyperCoder, bytes]:
@@ -371,6 +379,10 @@ class LearnedImage(TrainedCodec):
         if held:
             around = [*around[1:], None]
             yield shown()
+
+
+def _size(made: Made) -> int:
+    return sum(len(data) for _, data in made)
 
 
 def _wider(best: Tensor) -> Tensor:
