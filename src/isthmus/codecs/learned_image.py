@@ -20,18 +20,16 @@ hyperprior", 2018, arXiv:1802.01436.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from isthmus.codecs.base import TrainedCodec
 from isthmus.codecs.container import Frame, Header
 from isthmus.codecs.entropy import HyperCoder
+from isthmus.codecs.hyperprior import HyperpriorCodec
 from isthmus.codecs.laws import one_thread
 from isthmus.errors import BrokenFileError, InvalidInputError
 from isthmus.models.transform_codec import FRACTIONS, HYPER, TransformCodec, pad_to
@@ -41,7 +39,7 @@ from isthmus.signals.image import Pictured
 from isthmus.training.data import Data
 from isthmus.training.loop import Plan
 from isthmus.training.picture_codec import PictureCodecLearner
-from isthmus.training.system import WEIGHTS, Scale
+from isthmus.training.system import Scale
 
 WIDEST = 1 << 14
 """Columns of a picture at most."""
@@ -67,7 +65,7 @@ Latents = Sequence[tuple[Tensor, Tensor]]
 Made = Sequence[tuple[Tensor, bytes]]
 """Symbols and bytes of each band."""
 
-_TABLES, _TOLD, _FAR = "tables.", 128, 1 << 20
+_TOLD, _FAR = 128, 1 << 20
 
 _ADAM = Plan(1, "adam", 5e-4, "cosine", 50, validate_every=200)
 
@@ -105,7 +103,7 @@ class Settings:
     batch_size: int = 8
 
 
-class LearnedImage(TrainedCodec):
+class LearnedImage(HyperpriorCodec):
     """The codec; ``module`` is a :class:`~isthmus.models.transform_codec.TransformCodec`.
 
     Example:
@@ -143,8 +141,7 @@ class LearnedImage(TrainedCodec):
         s: Settings = settings or Settings()
         super().__init__(s)
         sizes = (s.width, s.latents, s.stages, s.hyper, s.prior_width)
-        self.module: TransformCodec = TransformCodec(3, *sizes, temporal=False, gain=s.gain)
-        self._coder: HyperCoder | None = None
+        self.module = TransformCodec(3, *sizes, temporal=False, gain=s.gain)
 
     @classmethod
     def untrained(cls, settings: Settings, data: Data[Pictured]) -> Self:
@@ -160,41 +157,6 @@ class LearnedImage(TrainedCodec):
         """See :class:`~isthmus.training.picture_codec.PictureCodecLearner`."""
         self._coder = None
         return PictureCodecLearner(self.module, self.settings, data, plan)
-
-    # files ------------------------------------------------------------------------------------
-
-    @property
-    def coder(self) -> HyperCoder:
-        """The entropy model in integers, frozen when it is first needed."""
-        if self._coder is None:
-            self._coder = HyperCoder.freeze(self.module.law)
-        return self._coder
-
-    def write_files(self, folder: Path) -> None:
-        """Weights, and the integers that were frozen from them."""
-        weights = {k: v.detach().cpu().contiguous() for k, v in self.module.state_dict().items()}
-        weights |= {_TABLES + k: v.contiguous() for k, v in self.coder.tensors().items()}
-        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-
-    @classmethod
-    def read_files(cls, settings: Settings, folder: Path) -> Self:
-        """A codec with the weights and integers of a folder."""
-        made, stored = cls(settings), load_file(folder / WEIGHTS)
-        tables = {k: stored.pop(k) for k in list(stored) if k.startswith(_TABLES)}
-        made.module.load_state_dict(stored)
-        made.module.eval()
-        made._coder = HyperCoder.of({k.removeprefix(_TABLES): v for k, v in tables.items()})
-        return made
-
-    def decode_config(self) -> dict[str, Any]:
-        """What a decoder is built from."""
-        told = asdict(self.settings)
-        return {name: told[name] for name in ("width", "latents", "stages")}
-
-    def decode_tensors(self) -> Mapping[str, Tensor]:
-        """g_s, and the integers of the entropy model: g_a and h_a may learn anew."""
-        kept = {k: v for k, v in self.module.state_dict().items() if k.startswith("g_s.")}
-        return kept | self.coder.tensors()
 
     # coding -----------------------------------------------------------------------------------
 

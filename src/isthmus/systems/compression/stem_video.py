@@ -18,19 +18,17 @@ Differs: The prior is a network of whole numbers, so that files decode on other 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from isthmus.claims import Claim, Gate, Row, Ruler, judge
 from isthmus.claims import Scale as ClaimScale
-from isthmus.codecs.base import TrainedCodec
 from isthmus.codecs.container import RESET, Frame, Header
-from isthmus.codecs.entropy import HyperCoder
+from isthmus.codecs.hyperprior import HyperpriorCodec
 from isthmus.codecs.laws import one_thread
 from isthmus.errors import BrokenFileError, InvalidInputError
 from isthmus.models.transform_codec import HYPER, pad_to
@@ -40,7 +38,7 @@ from isthmus.signals.video import open_video
 from isthmus.training.clip_codec import ClipCodec, ClipLearner
 from isthmus.training.data import Data
 from isthmus.training.loop import Plan
-from isthmus.training.system import WEIGHTS, Scale
+from isthmus.training.system import Scale
 from isthmus.workbench import moving
 from isthmus.workbench import video_trials as trials
 from isthmus.workbench.trained import trained
@@ -93,7 +91,7 @@ class Settings:
     batch_size: int = 8
 
 
-class StemVideo(TrainedCodec):
+class StemVideo(HyperpriorCodec):
     """The codec; ``module`` is a :class:`~isthmus.training.clip_codec.ClipCodec`.
 
     Example:
@@ -139,54 +137,19 @@ class StemVideo(TrainedCodec):
         ),
     }
 
+    module: ClipCodec
+
     def __init__(self, settings: Settings | None = None) -> None:
         s: Settings = settings or Settings()
         super().__init__(s)
         # without the past, the same nets see zeros: so both begin, and learn pictures, alike
-        self.module: ClipCodec = ClipCodec(
-            3, s.width, s.latents, s.stages, s.hyper, s.prior_width, gain=s.gain
-        )
-        self._coder: HyperCoder | None = None
+        sizes = (s.width, s.latents, s.stages, s.hyper, s.prior_width)
+        self.module = ClipCodec(3, *sizes, gain=s.gain)
 
     def learner(self, data: Data[Moving], plan: Plan) -> ClipLearner:
         """See :class:`~isthmus.training.clip_codec.ClipLearner`."""
         self._coder = None
         return ClipLearner(self.module, self.settings, data, plan)
-
-    # files ------------------------------------------------------------------------------------
-
-    @property
-    def coder(self) -> HyperCoder:
-        """The entropy model in integers, frozen when it is first needed."""
-        if self._coder is None:
-            self._coder = HyperCoder.freeze(self.module.law)
-        return self._coder
-
-    def write_files(self, folder: Path) -> None:
-        """Weights, and the integers that were frozen from them."""
-        weights = {k: v.detach().cpu().contiguous() for k, v in self.module.state_dict().items()}
-        weights |= {_TABLES + k: v.contiguous() for k, v in self.coder.tensors().items()}
-        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-
-    @classmethod
-    def read_files(cls, settings: Settings, folder: Path) -> Self:
-        """A codec with the weights and integers of a folder."""
-        made, stored = cls(settings), load_file(folder / WEIGHTS)
-        tables = {k: stored.pop(k) for k in list(stored) if k.startswith(_TABLES)}
-        made.module.load_state_dict(stored)
-        made.module.eval()
-        made._coder = HyperCoder.of({k.removeprefix(_TABLES): v for k, v in tables.items()})
-        return made
-
-    def decode_config(self) -> dict[str, Any]:
-        """What a decoder is built from."""
-        told = asdict(self.settings)
-        return {name: told[name] for name in ("width", "latents", "stages")}
-
-    def decode_tensors(self) -> Mapping[str, Tensor]:
-        """g_s, and the integers of the entropy model: g_a and h_a may learn anew."""
-        kept = {k: v for k, v in self.module.state_dict().items() if k.startswith("g_s.")}
-        return kept | self.coder.tensors()
 
     # coding -----------------------------------------------------------------------------------
 
