@@ -67,7 +67,7 @@ Made = Sequence[tuple[Tensor, bytes]]
 
 _TOLD, _FAR = 128, 1 << 20
 
-_ADAM = Plan(1, "adam", 5e-4, "cosine", 50, validate_every=200)
+_ADAM = Plan(1, "adam", 1e-3, "cosine", 50, validate_every=200)
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class LearnedImage(HyperpriorCodec):
         s: Settings = settings or Settings()
         super().__init__(s)
         sizes = (s.width, s.latents, s.stages, s.hyper, s.prior_width)
-        self.module = TransformCodec(3, *sizes, temporal=False, gain=s.gain)
+        self.module = TransformCodec(3, *sizes, temporal=False, gain=s.gain, steady=True)
 
     @classmethod
     def untrained(cls, settings: Settings, data: Data[Pictured]) -> Self:

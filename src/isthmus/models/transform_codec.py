@@ -106,17 +106,26 @@ class Analysis(nn.Module):
         latents: M.
         stages: Halvings.
         gain: How many times the waves of pixels of 0 to 1 latents begin as; steps of a gain-th.
+        steady: Whether what is added to the waves is made small behind its weights, not in them:
+            steps of Adam, alike for all weights, then change it little.
     """
 
     def __init__(
-        self, channels: int, width: int, latents: int, stages: int, gain: float = 12.0
+        self,
+        channels: int,
+        width: int,
+        latents: int,
+        stages: int,
+        gain: float = 12.0,
+        steady: bool = False,
     ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for stage in range(stages):
             layers += [nn.Conv2d(width if stage else channels, width, 5, 2, 2), nn.GELU()]
         last = nn.Conv2d(width, latents, 3, 1, 1)
-        last.weight.data *= _LITTLE
+        self.share = _LITTLE if steady else 1.0
+        last.weight.data *= _LITTLE / self.share
         self.body = nn.Sequential(*layers, _Residual(width), last)
         side = 1 << stages
         self.shortcut = nn.Conv2d(channels, latents, side, side)
@@ -124,7 +133,7 @@ class Analysis(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to [B, M, H / 2^stages, W / 2^stages]."""
-        y: Tensor = self.body(x) + self.shortcut(x)
+        y: Tensor = self.share * self.body(x) + self.shortcut(x)
         return y
 
 
@@ -137,10 +146,17 @@ class Synthesis(nn.Module):
         latents: M.
         stages: Doublings.
         gain: Of the latents, see :class:`Analysis`.
+        steady: See :class:`Analysis`; the gain is divided by behind the weights as well.
     """
 
     def __init__(
-        self, channels: int, width: int, latents: int, stages: int, gain: float = 12.0
+        self,
+        channels: int,
+        width: int,
+        latents: int,
+        stages: int,
+        gain: float = 12.0,
+        steady: bool = False,
     ) -> None:
         super().__init__()
         layers: list[nn.Module] = [nn.Conv2d(latents, width, 3, 1, 1), _Residual(width)]
@@ -148,16 +164,17 @@ class Synthesis(nn.Module):
             out = channels if stage == stages - 1 else width
             last = nn.Conv2d(width, 4 * out, 3, 1, 1)
             layers += [nn.GELU(), last, nn.PixelShuffle(2)]
-        last.weight.data *= _LITTLE / gain
+        self.share, self.scale = (_LITTLE, 1 / gain) if steady else (1.0, 1.0)
+        last.weight.data *= _LITTLE / gain / (self.share * self.scale)
         nn.init.zeros_(last.bias)  # type: ignore[arg-type]
         self.body = nn.Sequential(*layers)
         side = 1 << stages
         self.shortcut = nn.ConvTranspose2d(latents, channels, side, side)
-        _start(self.shortcut, cosines(latents, channels, side) / gain)
+        _start(self.shortcut, cosines(latents, channels, side) / gain / self.scale)
 
     def forward(self, y: Tensor) -> Tensor:
         """[B, M, h, w] to [B, C, h 2^stages, w 2^stages]."""
-        x: Tensor = self.body(y) + self.shortcut(y)
+        x: Tensor = self.scale * (self.share * self.body(y) + self.shortcut(y))
         return x
 
 
@@ -351,6 +368,7 @@ class TransformCodec(nn.Module):
         prior_width: Channels of the nets of the law.
         temporal: Whether earlier latents help.
         gain: Of the latents, see :class:`Analysis`.
+        steady: See there.
 
     Raises:
         InvalidInputError: No halving.
@@ -372,12 +390,13 @@ class TransformCodec(nn.Module):
         prior_width: int,
         temporal: bool = True,
         gain: float = 12.0,
+        steady: bool = False,
     ) -> None:
         super().__init__()
         if stages < 1:
             raise InvalidInputError(f"a picture is halved at least once, not {stages} times")
-        self.g_a = Analysis(channels, width, latents, stages, gain)
-        self.g_s = Synthesis(channels, width, latents, stages, gain)
+        self.g_a = Analysis(channels, width, latents, stages, gain, steady)
+        self.g_s = Synthesis(channels, width, latents, stages, gain, steady)
         self.law = Hyperprior(latents, hyper, prior_width, temporal)
         self.multiple = HYPER << stages
         """What sides of pictures have to be divisible by."""
