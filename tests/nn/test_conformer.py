@@ -112,3 +112,15 @@ def test_refusals() -> None:
         Conformer(16, 24, 1, 4, factor=6)
     with pytest.raises(InvalidInputError, match="odd"):
         Conformer(16, 24, 1, 4, kernel=4)
+
+
+@pytest.mark.parametrize("block", ["conformer", "e-branchformer"])
+def test_a_row_alone_is_what_it_is_beside_longer_ones(block: str) -> None:
+    """A row without padding is computed without masks."""
+    torch.manual_seed(0)
+    made = Conformer(16, 8, 2, 2, block=block, factor=4, channels=4, chunk=3).eval()
+    x, frames = torch.randn(2, 16, 40), torch.tensor([25, 40])
+    both, lengths = made(x, frames)
+    alone, length = made(x[:1, :, :25], frames[:1])
+    assert length.tolist() == lengths[:1].tolist()
+    torch.testing.assert_close(alone[0], both[0, : length[0]])

@@ -143,7 +143,7 @@ class RelativeAttention(nn.Module):
         self,
         x: torch.Tensor,
         positions: torch.Tensor,
-        mask: torch.Tensor,
+        mask: torch.Tensor | None,
         before: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend.
@@ -151,7 +151,8 @@ class RelativeAttention(nn.Module):
         Args:
             x: [B, T, D].
             positions: [2 (C + T) - 1, D].
-            mask: True where a query may look at a key, bool, broadcast to [B, H, T, C + T].
+            mask: True where a query may look at a key, bool, broadcast to [B, H, T, C + T]; None
+                is everywhere.
             before: What entered for the C frames before these, [B, C, D].
 
         Returns:
@@ -167,11 +168,13 @@ class RelativeAttention(nn.Module):
         scaled = (q + self.bias_v) * (width // self.heads) ** -0.5
         by_distance = scaled.transpose(1, 2) @ distance.permute(1, 2, 0)  # [B, H, T, R]
         by_key = shift(by_distance) if before is None else shift_late(by_distance)
+        if mask is not None:
+            by_key = torch.where(mask, by_key, torch.finfo(x.dtype).min)
         mixed = F.scaled_dot_product_attention(
             (q + self.bias_u).transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
-            attn_mask=torch.where(mask, by_key, torch.finfo(x.dtype).min),
+            attn_mask=by_key,
             dropout_p=self.dropout if self.training else 0.0,
         )
         y: torch.Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
@@ -231,10 +234,10 @@ class Convolution(nn.Module):
         self.pointwise_conv2 = nn.Conv1d(width, width, 1)
 
     def forward(
-        self, x: torch.Tensor, valid: torch.Tensor, cache: Cache | None = None
+        self, x: torch.Tensor, valid: torch.Tensor | None, cache: Cache | None = None
     ) -> torch.Tensor:
-        """[B, T, D] to the same; ``valid`` is bool [B, T], the cache is renewed."""
-        h = F.glu(_pointwise(self.pointwise_conv1, x)).masked_fill(~valid[..., None], 0.0)
+        """[B, T, D] to the same; ``valid`` is bool [B, T] or None, the cache is renewed."""
+        h = _within(F.glu(_pointwise(self.pointwise_conv1, x)), valid)
         if cache is None:
             h = F.pad(h, (0, 0, self.before, 0))
         else:
@@ -246,6 +249,11 @@ class Convolution(nn.Module):
         else:
             h = self.norm(h)
         return _pointwise(self.pointwise_conv2, F.silu(h))
+
+
+def _within(x: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """[B, T, D] with zeros beyond the valid frames bool [B, T]; None says that there are none."""
+    return x if valid is None else x.masked_fill(~valid[..., None], 0.0)
 
 
 def _pointwise(conv: nn.Conv1d, x: torch.Tensor) -> torch.Tensor:
@@ -310,8 +318,8 @@ class ConformerBlock(nn.Module):
         self,
         x: torch.Tensor,
         positions: torch.Tensor,
-        mask: torch.Tensor,
-        valid: torch.Tensor,
+        mask: torch.Tensor | None,
+        valid: torch.Tensor | None,
         cache: Cache | None = None,
     ) -> torch.Tensor:
         """[B, T, D] to the same; see :class:`RelativeAttention` and :class:`Convolution`.
@@ -354,10 +362,10 @@ class GatedConvolution(nn.Module):
         nn.init.normal_(self.conv.weight, std=1e-6)
         nn.init.ones_(self.conv.bias)  # type: ignore[arg-type]  # starts as a gate that is open
 
-    def forward(self, x: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        """[B, T, D] to the same; ``valid`` is bool [B, T]."""
+    def forward(self, x: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+        """[B, T, D] to the same; ``valid`` is bool [B, T] or None."""
         kept, gate = F.gelu(self.enter(x)).chunk(2, -1)
-        gate = self.norm(gate).masked_fill(~valid[..., None], 0.0)
+        gate = _within(self.norm(gate), valid)
         y: torch.Tensor = self.leave(kept * _depthwise(self.conv, gate))
         return y
 
@@ -390,7 +398,11 @@ class EBranchformerBlock(nn.Module):
         self.norm_out = nn.LayerNorm(width)
 
     def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, valid: torch.Tensor
+        self,
+        x: torch.Tensor,
+        positions: torch.Tensor,
+        mask: torch.Tensor | None,
+        valid: torch.Tensor | None,
     ) -> torch.Tensor:
         """[B, T, D] to the same; see :class:`RelativeAttention` and :class:`Convolution`."""
 
@@ -400,12 +412,17 @@ class EBranchformerBlock(nn.Module):
         x = torch.add(x, drop(self.feed_forward1(self.norm_feed_forward1(x))), alpha=0.5)
         far = drop(self.self_attn(self.norm_self_att(x), positions, mask))
         near = drop(self.gated(self.norm_gated(x), valid))
-        both = torch.cat([far, near], -1).masked_fill(~valid[..., None], 0.0)
+        both = _within(torch.cat([far, near], -1), valid)
         both = both + _depthwise(self.merge_conv, both)
         x = x + drop(self.merge(both))
         x = torch.add(x, drop(self.feed_forward2(self.norm_feed_forward2(x))), alpha=0.5)
         y: torch.Tensor = self.norm_out(x)
         return y
+
+
+def _alone(lengths: torch.Tensor, size: int) -> bool:
+    """Whether there is one row, and nothing behind its end: it needs no masks."""
+    return len(lengths) == 1 and not lengths.is_meta and int(lengths) == size
 
 
 class Subsampling(nn.Module):
@@ -459,7 +476,8 @@ class Subsampling(nn.Module):
         self, features: torch.Tensor, frames: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """From [B, M, F] and valid frames [B] to [B, T, D] and valid frames [B]."""
-        h = features * valid_mask(frames, features.shape[2])[:, None]
+        alone = _alone(frames, features.shape[2])
+        h = features if alone else features * valid_mask(frames, features.shape[2])[:, None]
         h = h.transpose(1, 2)[:, None]  # [B, 1, F, M]
         h = h.contiguous(memory_format=torch.channels_last)  # depthwise: 1.5 times the speed
         for layer in self.layers:
@@ -469,7 +487,8 @@ class Subsampling(nn.Module):
             if isinstance(layer, nn.Conv2d):
                 if layer.stride[0] == 2:
                     frames = (frames - 1) // 2 + 1
-                h = h * valid_mask(frames, h.shape[2])[:, None, :, None]
+                if not alone:
+                    h = h * valid_mask(frames, h.shape[2])[:, None, :, None]
         return self.linear(h.transpose(1, 2).flatten(2)), frames
 
 
@@ -561,13 +580,17 @@ class Conformer(nn.Module):
             x, lengths = torch.cat([prefix, x], 1), lengths + prefix.shape[1]
         x = F.dropout(x * self.scale, self.dropout, self.training)
         positions = relative_positions(x.shape[1], self.width, x)
-        valid = valid_mask(lengths, x.shape[1])
-        mask = valid[:, None, None] & valid[:, None, :, None]
+        valid = mask = None
+        if not _alone(lengths, x.shape[1]):
+            valid = valid_mask(lengths, x.shape[1])
+            mask = valid[:, None, None] & valid[:, None, :, None]
         if self.chunk:
-            mask = mask & chunk_mask(x.shape[1], self.chunk, x.device)
+            seen = chunk_mask(x.shape[1], self.chunk, x.device)
+            mask = seen if mask is None else mask & seen
         if limits is not None:
             place = torch.arange(x.shape[1], device=x.device)
-            mask = mask & limited_mask(place, place, *limits, regular=regular)
+            seen = limited_mask(place, place, *limits, regular=regular)
+            mask = seen if mask is None else mask & seen
         for number, layer in enumerate(self.layers, 1):
             x = layer(x, positions, mask, valid)
             if between is not None:

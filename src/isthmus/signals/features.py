@@ -98,7 +98,7 @@ class LogMel:
         filters = self.filters.to(samples)
         if self.style == "whisper":
             return self._whisper(samples, filters), -(-lengths // HOP)
-        return self._nemo(samples, lengths, filters)
+        return self._nemo(samples, inside, lengths, filters)
 
     def _whisper(self, samples: torch.Tensor, filters: torch.Tensor) -> torch.Tensor:
         window = torch.hann_window(400, device=samples.device)
@@ -110,10 +110,13 @@ class LogMel:
         return features
 
     def _nemo(
-        self, samples: torch.Tensor, lengths: torch.Tensor, filters: torch.Tensor
+        self,
+        samples: torch.Tensor,
+        inside: torch.Tensor,
+        lengths: torch.Tensor,
+        filters: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         emphasised = torch.cat([samples[:, :1], samples[:, 1:] - 0.97 * samples[:, :-1]], 1)
-        inside = torch.arange(samples.shape[1], device=samples.device) < lengths[:, None]
         window = torch.hann_window(400, periodic=False, device=samples.device)
         spectrum = torch.stft(
             emphasised * inside,
