@@ -127,7 +127,11 @@ def test_a_file_of_which_the_end_is_lost(
         (["encode", "broken.png", "-o", "x.ist"], "broken.png"),
         (["encode", "a.png", "-o", "x.ist", "--codec", "losless-image"], "did you mean"),
         (["encode", "a.png", "-o", "x.ist", "--codec", "lossless-audio"], "codes audio"),
-        (["encode", "a.png", "-o", "x.ist", "--rate", "2"], "no rate"),
+        (
+            ["encode", "a.png", "-o", "x.ist", "--codec", "lossless-image", "--rate", "2"],
+            "no rate",
+        ),
+        (["encode", "a.png", "-o", "x.ist", "--rate", "0.01"], "bits a pixel or more"),
         (["encode", "a.png", "-o", "x.ist", "--model", "a.txt"], "holds no isthmus.json"),
         (
             ["encode", "a.png", "-o", "x.ist", "--codec", "lossless-image", "--model", "a.txt"],
