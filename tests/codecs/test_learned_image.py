@@ -23,6 +23,7 @@ from isthmus.testing import check_codec
 from isthmus.training.data import Data
 from isthmus.training.loop import Plan
 from isthmus.training.picture_codec import PictureCodecLearner
+from isthmus.training.pictures import Pictures
 from isthmus.workbench.dead_leaves import DeadLeaves
 from isthmus.workbench.photographs import JUDGED, Cutting, cuttings
 from isthmus.workbench.trained import trained
@@ -175,6 +176,21 @@ def test_loss_is_error_over_the_square_of_the_step_and_bits_times_the_step() -> 
     assert learner.validate()["bits_per_pixel"] == 3.0
     with pytest.raises(InvalidInputError, match="change side"):
         PictureCodecLearner(TransformCodec(3, 4, 4, 4, 2, 4), told, data, Plan(10))
+
+
+def test_small_pictures_are_kept_and_large_ones_read_again() -> None:
+    class Record:
+        def __init__(self, side: int) -> None:
+            self.side, self.read = side, 0
+
+        def picture(self) -> torch.Tensor:
+            self.read += 1
+            return torch.zeros(3, self.side, self.side, dtype=torch.uint8)
+
+    records = [Record(256), Record(512)]
+    pictures = Pictures(records)
+    assert [pictures[row].shape[1] for row in (0, 1, 0, 1)] == [256, 512, 256, 512]
+    assert [record.read for record in records] == [1, 2]
 
 
 def test_steps_scale_the_rounding() -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, overload
@@ -139,6 +139,10 @@ def factorised_tables(law: Factorised) -> list[Table]:
     return found
 
 
+Law = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Means and places in the table of z and past; see :class:`WholePrior`."""
+
+
 @dataclass(frozen=True)
 class Scaled:
     """A prior of latents that are divided by a step, in whole numbers again.
@@ -149,7 +153,7 @@ class Scaled:
         wider: Places in the table by which laws are wider, int64 [M, 1, 1] or one for all.
     """
 
-    prior: Any
+    prior: Law
     level: int
     wider: Tensor | int = 0
 
@@ -160,27 +164,27 @@ class Scaled:
         part = round(2 ** (16 - self.level / 8))
         return (mean * part + (1 << 15)) >> 16, (index - fewer + self.wider).clamp(0, SCALES - 1)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Those of the prior: the level is no part of the model."""
-        found: dict[str, Tensor] = self.prior.tensors()
-        return found
-
 
 class HyperCoder:
     """A hyperprior's law at work: latents to bytes and back.
 
     Args:
         tables: Of z, one a channel.
-        prior: Picks the table of each element of y.
+        prior: Picks the table of each element of y; a :class:`WholePrior` where it is written.
     """
 
-    def __init__(self, tables: Sequence[Table], prior: WholePrior | Scaled) -> None:
+    def __init__(self, tables: Sequence[Table], prior: Law) -> None:
         self.tables, self.prior = list(tables), prior
 
     @classmethod
     def freeze(cls, law: Hyperprior) -> HyperCoder:
         """Integers of a law that was trained."""
         return cls(factorised_tables(law.factorised), law.prior.frozen())
+
+    def knowing(self, z: Tensor, past: Tensor) -> HyperCoder:
+        """The coder of all that has this z and past: the prior is run once, for any step."""
+        said = self.prior(z, past)
+        return HyperCoder(self.tables, lambda *_: said)
 
     def at(self, level: int, wider: Tensor | int = 0) -> HyperCoder:
         """The coder of latents that are divided by 2^(level / 8) before they are rounded.
@@ -197,7 +201,8 @@ class HyperCoder:
         counts = torch.from_numpy(np.concatenate([t.counts for t in self.tables]))
         lows = torch.tensor([t.low for t in self.tables])
         tables = {"z.lengths": lengths, "z.counts": counts.to(torch.int32), "z.lows": lows}
-        return tables | {f"prior.{k}": v for k, v in self.prior.tensors().items()}
+        prior: Any = self.prior
+        return tables | {f"prior.{k}": v for k, v in prior.tensors().items()}
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> HyperCoder:

@@ -59,11 +59,8 @@ BEGIN = 16
 WIDER = range(-3, 13)
 """Places in the table of deviations by which a law may be wider than the model says."""
 
-Latents = Sequence[tuple[Tensor, Tensor]]
-"""y [P, M, h, w] and whole z of each band."""
-
-Made = Sequence[tuple[Tensor, bytes]]
-"""Symbols and bytes of each band."""
+Bands = Sequence[tuple[int, Tensor, Tensor, HyperCoder]]
+"""Rows of pixels, y [P, M, h, w], whole z, and the coder that knows z, of each band."""
 
 _TOLD, _FAR = 128, 1 << 20
 
@@ -188,13 +185,13 @@ class LearnedImage(HyperpriorCodec):
         return 2 - channels % 2, height, width
 
     def _bands(self, height: int, width: int) -> list[slice]:
-        """Rows that are coded together, so that memory does not grow with the picture."""
+        """Rows that are coded together: nets and decoders need no more memory for more of them."""
         m = self.module.multiple
         rows = max(1, BAND // (-(-width // m) * m * m)) * m
         return [slice(top, min(height, top + rows)) for top in range(0, height, rows)]
 
     @torch.inference_mode()
-    def analyse(self, pixels: Tensor) -> Latents:
+    def analyse(self, pixels: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Latents [P, M, h, w] and whole z of each band of a picture uint8 [C, H, W].
 
         Colour is the first of P pictures, alpha the second. A band is seen with what lies around
@@ -243,60 +240,64 @@ class LearnedImage(HyperpriorCodec):
         """
         _, height, width = self._check(header.signal, InvalidInputError)
         pixels, most = torch.cat(list(signal.chunks), 1), header.parameters["most"]
-        latents = self.analyse(pixels)
-        made = self._within(latents, most * height * width // 8000) if most else None
+        none = self.module.law.no_past
+        bands = [
+            (band.stop - band.start, y, z, self.coder.knowing(z, none(z)))
+            for band, (y, z) in zip(self._bands(height, width), self.analyse(pixels), strict=True)
+        ]
+        made = self._within(bands, most * height * width // 8000) if most else None
         if most and made is None:
-            least = 8 * _size(self._coded(latents, LEVELS - 1)) / (height * width)
+            least = 8 * _size(self._coded(bands, LEVELS - 1)) / (height * width)
             raise InvalidInputError(
                 f"this picture needs {least:.3f} bits a pixel or more here, not {most / 1000}; "
                 "ask for more, or scale it down"
             )
-        made = made or self._coded(latents, -FINEST)
-        for band, (symbols, data) in zip(self._bands(height, width), made, strict=True):
-            yield Frame.of(symbols, data, samples=band.stop - band.start, reset=True)
+        yield from made or self._coded(bands, -FINEST)
 
-    def _coded(self, latents: Latents, level: int) -> Made:
-        """Symbols and bytes of each band at a level."""
-        made = []
-        for y, z in latents:
+    def _coded(self, bands: Bands, level: int) -> list[Frame]:
+        """The frame of each band at a level."""
+        frames = []
+        for rows, y, z, known in bands:
             whole = self.rounded(y, level)
-            coder, told = self._laws(whole, z, level)
+            coder, told = self._laws(known, whole, z, level)
             data = told + coder.compress(whole, z, self.module.law.no_past(z))
-            made.append((_symbols(whole, z), data))
-        return made
+            frames.append(Frame.of(_symbols(whole, z), data, samples=rows, reset=True))
+        return frames
 
-    def _within(self, latents: Latents, room: int) -> Made | None:
-        """What is coded at the finest level that fits into so many bytes; None where none does."""
+    def _within(self, bands: Bands, room: int) -> list[Frame] | None:
+        """Frames of the finest level that fits into so many bytes; None where none does."""
         low, high, found = 0, LEVELS, None
         while low < high:
             middle = (low + high) // 2
-            made = self._coded(latents, middle)
-            if _size(made) <= room:
-                high, found = middle, made
+            frames = self._coded(bands, middle)
+            if _size(frames) <= room:
+                high, found = middle, frames
             else:
                 low = middle + 1
         return found
 
     @torch.inference_mode()
-    def _laws(self, y: Tensor, z: Tensor, level: int) -> tuple[HyperCoder, bytes]:
+    def _laws(
+        self, known: HyperCoder, y: Tensor, z: Tensor, level: int
+    ) -> tuple[HyperCoder, bytes]:
         """The coder of whole latents of a band, and the bytes that tell of it.
 
         Those are the level, and where that pays half a byte a channel: how much wider its law is.
         """
-        coder = self.coder.at(level + FINEST)
+        coder = known.at(level + FINEST)
         mean, index = coder.prior(z, self.module.law.no_past(z))
-        costs = []
+        each = []
         for wider in WIDER:
             scale = scale_at((index + wider).clamp(0, SCALES - 1).float())
             bits = GaussianConditional.bits(y.float(), mean / FRACTIONS, scale)
-            costs.append(bits.sum((0, 2, 3)))
-        best = torch.stack(costs).argmin(0)
-        saved = costs[-WIDER.start].sum() - torch.stack(costs).amin(0).sum()
-        if saved < 4 * len(best):
+            each.append(bits.sum((0, 2, 3)))
+        costs = torch.stack(each)  # [widths, M]
+        least, best = costs.min(0)
+        if costs[-WIDER.start].sum() - least.sum() < 4 * len(best):
             return coder, bytes([level])
         halves = F.pad(best, (0, len(best) % 2)).view(-1, 2)
         told = bytes([level | _TOLD, *(16 * halves[:, 0] + halves[:, 1]).tolist()])
-        return self.coder.at(level + FINEST, _wider(best)), told
+        return known.at(level + FINEST, _wider(best)), told
 
     def _told(self, data: bytes) -> tuple[int, HyperCoder, bytes]:
         """Level, coder, and the bytes left for it, of what :meth:`_laws` has told.
@@ -343,8 +344,8 @@ class LearnedImage(HyperpriorCodec):
             yield shown()
 
 
-def _size(made: Made) -> int:
-    return sum(len(data) for _, data in made)
+def _size(frames: Iterable[Frame]) -> int:
+    return sum(len(frame.payload) for frame in frames)
 
 
 def _wider(best: Tensor) -> Tensor:

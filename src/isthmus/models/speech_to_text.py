@@ -88,8 +88,8 @@ class SpeechToText(nn.Module):
             longest: Tokens at most, besides those.
         """
         memory = self.hear(features, frames)[0]
-        done = torch.zeros(len(begin), 1, dtype=torch.bool)
-        new, text, written = begin, [], self.text.begin()
+        done = torch.zeros_like(begin[:, :1], dtype=torch.bool)
+        new, text, written = begin, [begin[:, :0]], self.text.begin()
         for _ in range(longest):
             new = self.text.decode(new, memory, written=written)[:, -1:].argmax(-1)
             text.append(new)

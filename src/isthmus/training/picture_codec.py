@@ -26,7 +26,7 @@ from isthmus.roles import Loss
 from isthmus.signals.image import Pictured
 from isthmus.training.data import Data
 from isthmus.training.loop import Plan
-from isthmus.training.pictures import drawn, scaled_crop
+from isthmus.training.pictures import Pictures, drawn, scaled_crop
 
 
 class PictureCodecLearner:
@@ -53,7 +53,7 @@ class PictureCodecLearner:
         self.told, self.plan = told, plan
         self.train, self.valid = data.train, data.valid
         self.identity = {"settings": asdict(told), "data": data.fingerprint}
-        self._seen: dict[int, Tensor] = {}
+        self.pictures = Pictures(data.train)
 
     def batch(self, part: int) -> tuple[Tensor, Tensor, bool]:
         """Crops [B, 3, side, side] of 0 to 1, their steps [B, 1, 1, 1], and whether on the grid."""
@@ -61,7 +61,7 @@ class PictureCodecLearner:
         rng = np.random.default_rng([self.plan.seed, part])
         rows = drawn(range(len(self.train)), told.batch_size, part, self.plan.seed)
         crops = [
-            scaled_crop(self._picture(row), None, told.side, told.scales, rng)[0] for row in rows
+            scaled_crop(self.pictures[row], None, told.side, told.scales, rng)[0] for row in rows
         ]
         turned = [crop.mT if rng.random() < 0.5 else crop for crop in crops]
         low, high = (math.log2(step) for step in told.steps)
@@ -69,11 +69,6 @@ class PictureCodecLearner:
         done = part / (self.plan.steps * self.plan.accumulate)
         x = torch.stack(turned).float() / 255
         return x, steps[:, None, None, None], done >= 1 - told.grid
-
-    def _picture(self, row: int) -> Tensor:
-        if row not in self._seen:
-            self._seen[row] = self.train[row].picture()
-        return self._seen[row]
 
     def loss(self, batch: tuple[Tensor, Tensor, bool]) -> Loss:
         """Rate and distortion, summed over pixels; a crop counts by its step, as bits fall so."""

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from isthmus.errors import BrokenFileError
-from isthmus.signals.image import IGNORED, Masked, resize
+from isthmus.signals.image import IGNORED, Masked, Pictured, resize
 
 R = TypeVar("R")
+
+KEPT = 1 << 18
+"""Values of a picture at most that is kept in memory."""
 
 
 def drawn(records: Sequence[R], batch: int, part: int, seed: int) -> list[R]:
@@ -28,6 +31,27 @@ def drawn(records: Sequence[R], batch: int, part: int, seed: int) -> list[R]:
     order = np.random.default_rng([seed, epoch]).permutation(len(records))
     wrapped = np.take(order, range(place * batch, (place + 1) * batch), mode="wrap")
     return [records[i] for i in wrapped]
+
+
+class Pictures:
+    """Pictures of records by their numbers; small ones are kept, others are read again.
+
+    Args:
+        records: What has them.
+    """
+
+    def __init__(self, records: Sequence[Pictured]) -> None:
+        self.records = records
+        self._kept: dict[int, Tensor] = {}
+
+    def __getitem__(self, row: int) -> Tensor:
+        """uint8 [3, H, W]."""
+        if row in self._kept:
+            return self._kept[row]
+        picture = self.records[row].picture()
+        if picture.numel() <= KEPT:
+            self._kept[row] = picture
+        return picture
 
 
 def scaled_crop(

@@ -26,7 +26,7 @@ from isthmus.roles import Loss
 from isthmus.signals.image import Pictured
 from isthmus.training.data import Data
 from isthmus.training.loop import Plan
-from isthmus.training.pictures import drawn
+from isthmus.training.pictures import Pictures, drawn
 from isthmus.training.seeds import batch_generator
 
 
@@ -64,7 +64,7 @@ class VQPictureLearner:
         self.net, self.told, self.plan = module, told, plan
         self.train, self.valid = data.train, data.valid
         self.identity = {"settings": asdict(told), "data": data.fingerprint}  # type: ignore[call-overload]
-        self._seen: dict[int, Tensor] = {}
+        self.pictures = Pictures(data.train)
 
     def batch(self, part: int) -> tuple[Tensor, int, dict[str, Any]]:
         """Crops of 0 to 1, [B, 3, side, side], the level that learns, and what else counts."""
@@ -80,17 +80,13 @@ class VQPictureLearner:
         return torch.stack(crops).float() / 255, level, how
 
     def _picture(self, row: int) -> Tensor:
-        if row not in self._seen:
-            picture = self.train[row].picture()
-            if min(picture.shape[1:]) < self.told.side:
-                raise InvalidInputError(
-                    f"{self.train[row]!r:.80} is {picture.shape[1]} by {picture.shape[2]}; crops "
-                    f"of {self.told.side} are learnt from (setting side)"
-                )
-            if picture.numel() > 1 << 16:  # what is large is read again
-                return picture
-            self._seen[row] = picture
-        return self._seen[row]
+        picture = self.pictures[row]
+        if min(picture.shape[1:]) < self.told.side:
+            raise InvalidInputError(
+                f"{self.train[row]!r:.80} is {picture.shape[1]} by {picture.shape[2]}; crops "
+                f"of {self.told.side} are learnt from (setting side)"
+            )
+        return picture
 
     def _crop(self, picture: Tensor, draw: torch.Generator) -> Tensor:
         side = self.told.side

@@ -103,7 +103,8 @@ def bench(
             try:
                 points.append(_point(peer, setting, signals, scales))
             except InvalidInputError as error:  # of one setting alone, as too low a rate
-                left_out[peer.name] = f"at {setting:g}: {error}"
+                at = f"at {setting:g}: " if len(peer.qualities) > 1 else ""
+                left_out[peer.name] = f"{at}{error}"
             except (IsthmusError, OSError, RuntimeError, ValueError) as error:
                 left_out[peer.name] = str(error).strip().splitlines()[0]
                 points = []

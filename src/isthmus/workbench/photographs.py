@@ -86,7 +86,7 @@ class Cutting:
 
 
 def cuttings(part: Literal["train", "held-out", "judged"]) -> list[Cutting]:
-    """Pieces that photographs are cut into, those of colour twice; every seventh is held out.
+    """Pieces that photographs are cut into, those of :data:`NAMES` twice; a seventh is held out.
 
     Example:
         >>> len(cuttings("train")), len(cuttings("held-out")), len(cuttings("judged"))
